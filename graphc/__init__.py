@@ -1,0 +1,1 @@
+"""graphc: a deep-learning compiler in pure Python."""

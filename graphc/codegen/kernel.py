@@ -1,0 +1,160 @@
+"""The loop-level IR that every target renders: loops, memory accesses and scalar expressions.
+
+A `Kernel` computes `stores` for every point of its `outer` loops. Expressions are those of `graphc.expr`,
+in which each `read` has become a `load` of an affine address. Nothing says yet how it runs: which loop
+lies in SIMD lanes, which are unrolled into registers and which are shared between threads is the
+`Schedule`, chosen afterwards from the same loops.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from graphc.expr import Expr, Index
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A counted loop. The inner part of a split whose last block is short has `total` set: at block b it
+    runs `min(extent, total - b * extent)` times."""
+
+    name: str
+    extent: int
+    block: str | None = None
+    total: int | None = None
+
+    @property
+    def ragged(self) -> bool:
+        return self.total is not None
+
+
+@dataclass(frozen=True)
+class Access:
+    """Element `offset + sum(stride * loop)` of a buffer. `padded` names the loop whose unused positions in
+    the last block exist in memory (a blocked layout), so that they may be touched."""
+
+    buffer: int
+    offset: int
+    strides: tuple[tuple[str, int], ...]
+    padded: str | None = None
+
+    def stride(self, loop: str) -> int:
+        return dict(self.strides).get(loop, 0)
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A kernel argument: the memory of one operand or result."""
+
+    name: str
+    dtype: str
+    written: bool
+
+
+@dataclass(frozen=True)
+class Store:
+    """`access <- expr`, inside the `loops` that the outer loops do not cover."""
+
+    access: Access
+    expr: Expr
+    loops: tuple[str, ...]
+
+
+@dataclass
+class Kernel:
+    name: str
+    loops: dict[str, Loop]
+    outer: tuple[str, ...]
+    buffers: tuple[Buffer, ...]
+    stores: tuple[Store, ...]
+    text: str = ""
+    _free: dict[int, frozenset[str]] = field(default_factory=dict, repr=False)
+
+    def free(self, expr: Expr) -> frozenset[str]:
+        """Loops that the value of an expression depends on."""
+        known = self._free.get(id(expr))
+        if known is None:
+            loops: set[str] = set()
+            for arg in expr.args:
+                loops |= self.free(arg)
+            if expr.op == "load":
+                loops |= {name for name, _ in expr.attributes["access"].strides}
+            elif expr.op == "position":
+                loops |= {name for name, _ in expr.attributes["index"].terms}
+            elif expr.op == "within":
+                loops |= {n for index, _ in expr.attributes["bounds"] for n, _ in index.terms}
+            elif expr.op == "reduce":
+                loops -= set(expr.attributes["loops"])
+            known = self._free[id(expr)] = frozenset(loops)
+        return known
+
+    def expressions(self) -> list[Expr]:
+        """Every distinct expression, operands first."""
+        seen: dict[int, Expr] = {}
+
+        def visit(expr: Expr) -> None:
+            if id(expr) not in seen:
+                for arg in expr.args:
+                    visit(arg)
+                seen[id(expr)] = expr
+
+        for store in self.stores:
+            visit(store.expr)
+        return list(seen.values())
+
+    def trips(self, loops) -> int:
+        return math.prod(self.loops[n].extent for n in loops)
+
+    def substitute(self, parts: dict[str, tuple[tuple[str, int], ...]]) -> None:
+        """Replace loop variables: `parts[name]` lists (new loop, coefficient) that sum to it.
+
+        The caller updates `loops`; accesses, indices and loop lists follow here."""
+
+        def names(loops: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(new for n in loops for new, _ in parts.get(n, ((n, 1),)))
+
+        def terms(old: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
+            return tuple((new, s * c) for n, s in old for new, c in parts.get(n, ((n, 1),)))
+
+        def access(a: Access) -> Access:
+            padded = parts[a.padded][-1][0] if a.padded in parts else a.padded
+            return Access(a.buffer, a.offset, terms(a.strides), padded)
+
+        def index(i: Index) -> Index:
+            return Index(terms(i.terms), i.constant)
+
+        done: dict[int, Expr] = {}
+
+        def rewrite(e: Expr) -> Expr:
+            if id(e) not in done:
+                attributes = dict(e.attributes)
+                for key, change in (("access", access), ("index", index), ("loops", names)):
+                    if key in attributes:
+                        attributes[key] = change(attributes[key])
+                if "bounds" in attributes:
+                    attributes["bounds"] = tuple((index(i), n) for i, n in attributes["bounds"])
+                done[id(e)] = Expr(e.op, tuple(rewrite(a) for a in e.args), e.dtype, attributes)
+            return done[id(e)]
+
+        # The old expressions stay referenced by `done` until the end: ids are not reused meanwhile.
+        self.stores = tuple(Store(access(s.access), rewrite(s.expr), names(s.loops)) for s in self.stores)
+        self.outer = names(self.outer)
+        self._free.clear()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a kernel runs on a CPU.
+
+    lane      the loop whose positions are SIMD lanes (None: scalar code)
+    tile      (loop, count): outer loops unrolled `count` times into registers; reduction loops listed here
+              (pooling windows) are unrolled whole
+    order     outer loops as nested, outermost first, without the lane loop
+    parallel  how many leading loops of `order` are shared between threads
+    """
+
+    lane: str | None
+    tile: tuple[tuple[str, int], ...]
+    order: tuple[str, ...]
+    parallel: int

@@ -1,0 +1,224 @@
+"""Lower a fused region of the graph to a loop-level kernel by pulling scalar expressions through it.
+
+Every operator's `lower` rule says what one element of its output is. Starting from the region's results
+and following reads backwards gives one expression per result; operands of the region end as loads of
+affine addresses. Where an axis must be cut in two (a blocked layout, a reshape, a pooling window, groups)
+the loop over it is split and the pull starts again: indices stay affine throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from graphc import errors
+from graphc.codegen.kernel import Access, Buffer, Kernel, Loop, Store
+from graphc.expr import Expr, Index, reduce
+from graphc.ir import Graph, Layout, Node, Value
+from graphc.ops.registry import get
+
+
+class CannotLower(errors.CompileError):
+    """The region has an index that is not affine in any split of its loops."""
+
+
+class _Split(Exception):
+    def __init__(self, loop: str, factor: int):
+        self.loop, self.factor = loop, factor
+
+
+def lower_region(name: str, body: Graph) -> Kernel:
+    """Lower `body` (inputs operand0.., outputs result0..) to a kernel.
+
+    Results must have equal shapes, or (keepdims) shapes equal up to axes of size 1. Raises CannotLower."""
+    splits: dict[str, int] = {}
+    for _ in range(64):
+        try:
+            return _canonical(_Pull(name, body, splits).kernel())
+        except _Split as split:
+            if split.loop in splits:
+                raise CannotLower(f"{name}: loop {split.loop} would be split twice") from None
+            splits[split.loop] = split.factor
+    raise CannotLower(f"{name}: too many loop splits")
+
+
+def _canonical(kernel: Kernel) -> Kernel:
+    """Number the reduction and inner loops, so that names do not depend on sizes: kernels are shared."""
+    bases = dict.fromkeys(n.rstrip("bl") for n in kernel.loops if n[0] in "rc")
+    fresh = {base: f"{base[0]}{i}" for i, base in enumerate(bases)}
+
+    def rename(name: str) -> str:
+        base = name.rstrip("bl")
+        return fresh[base] + name[len(base) :] if base in fresh else name
+
+    kernel.loops = {
+        rename(n): Loop(rename(n), loop.extent, rename(loop.block) if loop.block else None, loop.total)
+        for n, loop in kernel.loops.items()
+    }
+    kernel.substitute({n: ((rename(n), 1),) for e in (kernel.outer, *_all_loops(kernel)) for n in e})
+    return kernel
+
+
+def _all_loops(kernel: Kernel) -> list[tuple[str, ...]]:
+    reductions = [e.attributes["loops"] for e in kernel.expressions() if e.op == "reduce"]
+    return [*reductions, *(s.loops for s in kernel.stores)]
+
+
+def outer_shape(body: Graph) -> tuple[int, ...]:
+    """The axes every result has, reduced axes as 1."""
+    shapes = [v.shape for v in body.outputs.values()]
+    rank = max(len(s) for s in shapes)
+    if any(len(s) != rank for s in shapes):
+        raise CannotLower(f"results of different ranks: {shapes}")
+    return tuple(min(int(s[axis]) for s in shapes) for axis in range(rank))
+
+
+class _Pull:
+    def __init__(self, name: str, body: Graph, splits: dict[str, int]):
+        self.name, self.body, self.splits = name, body, splits
+        self.loops: dict[str, Loop] = {}
+        self.memo: dict[tuple, Expr] = {}
+        self.operands = {n.name: i for i, n in enumerate(body.inputs.values())}
+        self.results = list(body.outputs.values())
+
+    def kernel(self) -> Kernel:
+        outer = outer_shape(self.body)
+        index: list[Index] = []
+        outer_loops: list[str] = []
+        lane_axes = {v.layout.lane_axis: v.layout.lanes for v in self.results if v.layout.lane_axis is not None}
+        for axis, extent in enumerate(outer):
+            if extent == 1 and axis not in lane_axes:
+                index.append(Index())
+                continue
+            name = f"i{axis}"
+            if axis in lane_axes:
+                self.splits.setdefault(name, lane_axes[axis])
+            index.append(self.loop(name, extent))
+            outer_loops += self.parts(name)
+        stores = []
+        for number, value in enumerate(self.results):
+            position, inner = list(index), []
+            for axis, extent in enumerate(value.shape):
+                if extent != outer[axis] and axis not in lane_axes:
+                    name = f"c{axis}"
+                    position[axis] = self.loop(name, int(extent))
+                    inner += self.parts(name)
+                elif extent != outer[axis]:
+                    raise CannotLower(f"{self.name}: results disagree on the lane axis {axis}")
+            expr = self.pull(value, tuple(position))
+            access = self.address(len(self.operands) + number, value, tuple(position))
+            stores.append(Store(access, expr, tuple(inner)))
+        buffers = [Buffer(f"in{i}", n.types[0].dtype, False) for i, n in enumerate(self.body.inputs.values())]
+        buffers += [Buffer(f"out{i}", v.dtype, True) for i, v in enumerate(self.results)]
+        return Kernel(self.name, self.loops, tuple(outer_loops), tuple(buffers), tuple(stores), str(self.body))
+
+    # ---- loops
+
+    def parts(self, name: str) -> list[str]:
+        if name not in self.splits:
+            return [name]
+        return [*self.parts(f"{name}b"), *self.parts(f"{name}l")]
+
+    def loop(self, name: str, extent: int) -> Index:
+        """The index that runs over `extent`, as one loop or, where it was split, as several."""
+        factor = self.splits.get(name)
+        if factor is None:
+            self.loops.setdefault(name, Loop(name, extent))
+            return Index.of(name)
+        blocks = -(-extent // factor)
+        outer = self.loop(f"{name}b", blocks)
+        inner = self.loop(f"{name}l", factor)
+        if extent % factor:
+            if f"{name}l" in self.splits or f"{name}b" in self.splits:
+                raise CannotLower(f"{self.name}: a ragged loop {name} cannot be split further")
+            self.loops[f"{name}l"] = Loop(f"{name}l", factor, f"{name}b", extent)
+        return outer * factor + inner
+
+    def divmod(self, index: Index, divisor: int) -> tuple[Index, Index]:
+        if divisor == 1:
+            return index, Index()
+        quotient, remainder = [], []
+        for loop, coefficient in index.terms:
+            (remainder if coefficient % divisor else quotient).append((loop, coefficient))
+        low = index.constant % divisor
+        reach = low + sum(c * (self.loops[n].extent - 1) for n, c in remainder)
+        if reach < divisor and all(c > 0 for _, c in remainder):
+            return (
+                Index(tuple((n, c // divisor) for n, c in quotient), index.constant // divisor),
+                Index(tuple(remainder), low),
+            )
+        for loop, coefficient in remainder:
+            if 0 < coefficient < divisor and divisor % coefficient == 0:
+                factor = divisor // coefficient
+                if self.loops[loop].extent > factor or low == 0 and len(remainder) == 1 and self.loops[loop].extent > factor:
+                    raise _Split(loop, factor)
+        raise CannotLower(f"{self.name}: index {index} divided by {divisor} is not affine")
+
+    # ---- expressions
+
+    def pull(self, value: Value, index: tuple[Index, ...]) -> Expr:
+        key = (value, index)
+        if key not in self.memo:
+            node = value.node
+            if node.op == "input":
+                access = self.address(self.operands[node.name], value, index)
+                self.memo[key] = Expr("load", (), value.dtype, {"access": access})
+            elif node.op == "constant":
+                if value.type.size != 1:
+                    raise CannotLower(f"{node.describe()}: a constant of {value.type} must be an operand of the region")
+                self.memo[key] = Expr("constant", (), value.dtype, {"value": node.attrs["value"].item()})
+            else:
+                rule = get(node.op).lower
+                if rule is None:
+                    raise CannotLower(f"{node.describe()}: has no lowering and was not decomposed")
+                self.memo[key] = rule(_Rule(self, node, index), node, value.index, index)
+        return self.memo[key]
+
+    def address(self, buffer: int, value: Value, index: tuple[Index, ...]) -> Access:
+        shape = tuple(int(d) for d in value.shape)
+        layout: Layout = value.layout
+        total, padded = Index(), None
+        for axis, (position, stride) in enumerate(zip(index, layout.strides(shape), strict=True)):
+            if axis == layout.lane_axis:
+                block, lane = self.divmod(position, layout.lanes)
+                total = total + block * stride + lane
+                if len(lane.terms) == 1:
+                    padded = lane.terms[0][0]
+            else:
+                total = total + position * stride
+        return Access(buffer, total.constant, total.terms, padded)
+
+
+class _Rule:
+    """What one operator's `lower` rule sees: graphc.ops.registry.Lowering."""
+
+    def __init__(self, pull: _Pull, node: Node, index: tuple[Index, ...]):
+        self._pull, self._node = pull, node
+        self._taken = {loop for i in index for loop, _ in i.terms}
+
+    def read(self, slot: int, index: Sequence[Index | int]) -> Expr:
+        return self._pull.pull(self._node.inputs[slot], tuple(Index.lift(i) for i in index))
+
+    def divmod(self, index: Index | int, divisor: int) -> tuple[Index, Index]:
+        return self._pull.divmod(Index.lift(index), divisor)
+
+    def reduce(self, combine: str, extents: Sequence[int], body: Callable[..., Expr]) -> Expr:
+        # Reductions over equal extents get the same loop names, so that they can share one loop; a name
+        # that the element's own index uses already would be captured, and gets another number.
+        pull, names, indices = self._pull, [], []
+        used: set[str] = set()
+        for extent in extents:
+            number = 0
+            while True:
+                name = f"r{extent}_{number}"
+                parts = {p for p in pull.loops if p == name or p.rstrip("bl") == name}
+                if name not in used and not parts & self._taken and name not in self._taken:
+                    break
+                number += 1
+            used.add(name)
+            names.append(name)
+            indices.append(pull.loop(name, int(extent)))
+        inner = body(*indices)
+        loops = tuple(p for n in names for p in pull.parts(n))
+        if not loops:
+            return inner if combine != "argmax" else reduce(combine, inner, ())
+        return Expr("reduce", (inner,), "int32" if combine == "argmax" else inner.dtype, {"combine": combine, "loops": loops})

@@ -1,0 +1,81 @@
+"""From a fused graph to kernels: lower every region, choose schedules, render source, collect launches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from graphc import errors
+from graphc.codegen.cpu import CompiledCall, render
+from graphc.codegen.kernel import Kernel, Schedule
+from graphc.codegen.lower import CannotLower, lower_region
+from graphc.codegen.schedule import choose_schedule
+from graphc.ir import Graph, Node
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: the region it computes and how."""
+
+    node: Node
+    kernel: Kernel
+    schedule: Schedule
+    call: CompiledCall
+
+
+def lower_graph(graph: Graph) -> dict[str, Kernel]:
+    """The kernel of every fused region by node name. Marks regions that may overwrite an operand.
+
+    Raises CompileError listing every region that cannot be lowered."""
+    kernels: dict[str, Kernel] = {}
+    failures = []
+    for node in graph:
+        if node.op != "fused":
+            continue
+        body: Graph = node.attrs["body"]
+        for value, operand in zip(body.inputs.values(), node.inputs, strict=True):
+            value.layouts = (operand.layout,)
+        for number, value in enumerate(body.outputs.values()):
+            layouts = list(value.node.layouts)
+            layouts[value.index] = node.layouts[number]
+            value.node.layouts = tuple(layouts)
+        try:
+            kernels[node.name] = lower_region(node.name, body)
+        except CannotLower as error:
+            failures.append(f"{node.describe()}: {error}")
+    if failures:
+        raise errors.CompileError(f"{len(failures)} nodes cannot be compiled:\n  " + "\n  ".join(failures))
+    for name, kernel in kernels.items():
+        node = graph.node(name)
+        node.attrs["inplace"] = overwritable(kernel, node)
+    return kernels
+
+
+def overwritable(kernel: Kernel, node: Node) -> tuple[tuple[int, int], ...]:
+    """(result, operand) pairs that may share memory: each element is read before it is written, and
+    only by the iteration that writes it."""
+    if any(e.op == "reduce" for e in kernel.expressions()) or len({s.loops for s in kernel.stores}) != 1:
+        return ()
+    pairs = []
+    operands = len(node.inputs)
+    for number, store in enumerate(kernel.stores):
+        for slot in range(operands):
+            loads = [
+                e.attributes["access"]
+                for e in kernel.expressions()
+                if e.op == "load" and e.attributes["access"].buffer == slot
+            ]
+            same = all(dict(a.strides) == dict(store.access.strides) and a.offset == store.access.offset for a in loads)
+            if loads and same and kernel.buffers[slot].dtype == kernel.buffers[operands + number].dtype:
+                pairs.append((number, slot))
+    return tuple(pairs)
+
+
+def plan_launches(graph: Graph, kernels: dict[str, Kernel], lanes: int, threads: int) -> list[Launch]:
+    """Schedules and sources in execution order."""
+    launches = []
+    for node in graph:
+        if node.op == "fused":
+            kernel = kernels[node.name]
+            schedule = choose_schedule(kernel, lanes, threads)
+            launches.append(Launch(node, kernel, schedule, render(kernel, schedule, lanes)))
+    return launches

@@ -1,0 +1,569 @@
+"""The graph: typed values flowing between operator nodes, held in a `networkx.MultiDiGraph`.
+
+A `Graph` is an ordered list of `Node`s in static single assignment form: iteration order is insertion
+order and every operand is defined before its use. Edges of `Graph.nx` carry the operand slot and the
+producer's output index, so that `x * x` and operand order survive any networkx algorithm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import networkx
+import numpy as np
+
+from graphc import errors
+
+Dimension = int | str
+DTYPES = ("float32", "float64", "int32", "int64", "bool")
+_SHORT = {"float32": "f32", "float64": "f64", "int32": "i32", "int64": "i64", "bool": "bool"}
+# Nodes that hold data rather than compute it.
+SOURCES = ("input", "parameter", "state", "constant")
+# Sources that callers address by name: no pass may rename them.
+NAMED_SOURCES = ("input", "parameter", "state")
+_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """Shape and element type of a value. A dimension is an int or a name bound at compile time."""
+
+    shape: tuple[Dimension, ...]
+    dtype: str = "float32"
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in ("float32", "float64")
+
+    @property
+    def itemsize(self) -> int:
+        return np.dtype(self.dtype).itemsize
+
+    @property
+    def size(self) -> int:
+        """Number of elements; every dimension must be bound."""
+        unbound = [d for d in self.shape if isinstance(d, str)]
+        if unbound:
+            raise errors.UnboundDimensionError(f"{self} has the unbound dimension {unbound[0]!r}: pass dims={{{unbound[0]!r}: ...}}")
+        return math.prod(self.shape)  # type: ignore[arg-type]
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.itemsize
+
+    def __str__(self) -> str:
+        return f"{_SHORT[self.dtype]}[{','.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a node comes from: the user's layer name and source line. Passes hand it on unchanged.
+
+    `phase` tells the user's forward nodes ("") from those made by the chain rule ("backward") and the
+    optimizer ("update")."""
+
+    layer: str = ""
+    file: str = ""
+    line: int = 0
+    phase: str = ""
+
+    def __str__(self) -> str:
+        return f"{os.path.basename(self.file)}:{self.line}" if self.file else ""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a value lies in memory.
+
+    `lane_axis=None`: row-major. Otherwise that logical axis is cut in blocks of `lanes` elements and the
+    position within a block becomes the innermost physical axis: with lane_axis 0, [N,C,H,W] is stored as
+    [N/lanes, C, H, W, lanes]; the last block is padded with elements of no meaning.
+    """
+
+    lane_axis: int | None = None
+    lanes: int = 1
+
+    def physical_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if self.lane_axis is None:
+            return shape
+        blocks = -(-shape[self.lane_axis] // self.lanes)
+        return (*shape[: self.lane_axis], blocks, *shape[self.lane_axis + 1 :], self.lanes)
+
+    def strides(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Strides in elements of the logical axes (of the blocks, for the lane axis)."""
+        physical = self.physical_shape(shape)
+        steps = [math.prod(physical[i + 1 :]) for i in range(len(physical))]
+        return tuple(steps[: len(shape)])
+
+    def __str__(self) -> str:
+        return "rows" if self.lane_axis is None else f"lanes({self.lane_axis})x{self.lanes}"
+
+
+ROWS = Layout()
+
+
+class Node:
+    """One operator application. Created by `Graph.add` only; treat its fields as read-only."""
+
+    __slots__ = ("graph", "name", "op", "inputs", "attrs", "types", "origin", "layouts")
+
+    def __init__(self, graph, name, op, inputs, attrs, types, origin):
+        self.graph: Graph = graph
+        self.name: str = name
+        self.op: str = op
+        self.inputs: tuple[Value, ...] = inputs
+        self.attrs: dict[str, Any] = attrs
+        self.types: tuple[TensorType, ...] = types
+        self.origin: Origin = origin
+        self.layouts: tuple[Layout, ...] = (ROWS,) * len(types)
+
+    @property
+    def outputs(self) -> tuple[Value, ...]:
+        return tuple(Value(self, i) for i in range(len(self.types)))
+
+    def __getitem__(self, index: int) -> Value:
+        return Value(self, index)
+
+    def describe(self) -> str:
+        """`conv2 (conv2d, lenet.py:31)`: how errors name this node."""
+        where = f", {self.origin}" if self.origin.file else ""
+        return f"{self.name} ({self.op}{where})"
+
+    def __repr__(self) -> str:
+        return format_node(self)
+
+
+class Value:
+    """One output of a node; what users compute with."""
+
+    __slots__ = ("node", "index")
+
+    def __init__(self, node: Node, index: int = 0):
+        self.node = node
+        self.index = index
+
+    @property
+    def type(self) -> TensorType:
+        return self.node.types[self.index]
+
+    @property
+    def shape(self) -> tuple[Dimension, ...]:
+        return self.type.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.type.dtype
+
+    @property
+    def rank(self) -> int:
+        return len(self.type.shape)
+
+    @property
+    def graph(self) -> Graph:
+        return self.node.graph
+
+    @property
+    def name(self) -> str:
+        return self.node.name if len(self.node.types) == 1 else f"{self.node.name}:{self.index}"
+
+    @property
+    def layout(self) -> Layout:
+        return self.node.layouts[self.index]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Value) and self.node is other.node and self.index == other.index
+
+    def __hash__(self) -> int:
+        return hash((id(self.node), self.index))
+
+    def __repr__(self) -> str:
+        return f"%{self.name}: {self.type}"
+
+    def __bool__(self) -> bool:
+        raise errors.DeclarationError(
+            f"{self.node.describe()}: a value of a static graph has no truth value while the graph is declared; use gc.where"
+        )
+
+    def __iter__(self):
+        raise errors.DeclarationError(f"{self.node.describe()}: a value of a static graph cannot be iterated; use slices or gc.split")
+
+    def __array__(self, *_, **__):
+        raise errors.DeclarationError(f"{self.node.describe()}: a value of a static graph holds no data; compile and run the graph")
+
+    # Operators are methods of the op library, bound by graphc.ops when it is imported.
+
+
+class Graph:
+    """A static dataflow graph under construction or transformation.
+
+    `outputs` maps output names to values; `updates` maps the name of a parameter or state to the value
+    it takes at the end of a step.
+    """
+
+    def __init__(self, name: str = "graph"):
+        self.name = name
+        self.nx = networkx.MultiDiGraph(name=name)
+        self.outputs: dict[str, Value] = {}
+        self.updates: dict[str, Value] = {}
+        self.annotations: dict[str, Any] = {}
+        self._counters: dict[str, int] = {}
+        # Names that only named sources may take: those a rebuild has yet to copy.
+        self._reserved: frozenset[str] = frozenset()
+        self._origin: Origin | None = None
+
+    # ---- reading
+
+    @property
+    def nodes(self) -> list[Node]:
+        """All nodes in execution order."""
+        return [data["node"] for _, data in self.nx.nodes(data=True)]
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes)
+
+    def __len__(self) -> int:
+        return self.nx.number_of_nodes()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.nx
+
+    def node(self, name: str) -> Node:
+        """The node called `name`. Raises NameLookupError with the nearest names."""
+        if name not in self.nx:
+            import difflib
+
+            near = difflib.get_close_matches(name, list(self.nx), n=3)
+            hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
+            raise errors.NameLookupError(f"graph {self.name!r} has no node {name!r}{hint}")
+        return self.nx.nodes[name]["node"]
+
+    def value(self, name: str) -> Value:
+        """The value called `name`: an output name, a node name, or `node:index`."""
+        if name in self.outputs:
+            return self.outputs[name]
+        base, _, index = name.rpartition(":")
+        if base in self.nx and index.isdigit():
+            return self.node(base)[int(index)]
+        return self.node(name)[0]
+
+    def _sources(self, op: str) -> dict[str, Node]:
+        return {n.name: n for n in self.nodes if n.op == op}
+
+    @property
+    def inputs(self) -> dict[str, Node]:
+        return self._sources("input")
+
+    @property
+    def parameters(self) -> dict[str, Node]:
+        return self._sources("parameter")
+
+    @property
+    def states(self) -> dict[str, Node]:
+        return self._sources("state")
+
+    def users(self, value: Value) -> list[tuple[Node, int]]:
+        """(consumer, operand slot) of every use of a value, in insertion order of the edges."""
+        name = value.node.name
+        return [
+            (self.nx.nodes[consumer]["node"], data["slot"])
+            for _, consumer, data in self.nx.out_edges(name, data=True)
+            if data["output"] == value.index
+        ]
+
+    @property
+    def results(self) -> list[Value]:
+        """Every value that must exist after a step: outputs, then updates."""
+        return [*self.outputs.values(), *self.updates.values()]
+
+    # ---- declaring
+
+    def input(self, name: str, shape: Iterable[Dimension], dtype: str = "float32") -> Value:
+        """Declare an array given at each call. Dimensions may be names, e.g. "N"."""
+        return self.add("input", (), {"type": _checked_type(name, shape, dtype)}, name=name)[0]
+
+    def parameter(self, name: str, shape: Iterable[int], init: Any = None, dtype: str = "float32", trainable: bool = True) -> Value:
+        """Declare a learned array. `init` is an initialiser of `graphc.nn.init`, an array, or None (zeros)."""
+        attrs = {"type": _checked_type(name, shape, dtype), "init": init, "trainable": trainable}
+        return self.add("parameter", (), attrs, name=name)[0]
+
+    def state(self, name: str, shape: Iterable[int], init: Any = None, dtype: str = "float32", persistent: bool = True) -> Value:
+        """Declare an array that a step reads and updates and no gradient flows to (running statistics).
+
+        `persistent=False` keeps it out of `Executable.state()`'s network weights (optimizer state)."""
+        attrs = {"type": _checked_type(name, shape, dtype), "init": init, "persistent": persistent}
+        return self.add("state", (), attrs, name=name)[0]
+
+    def constant(self, array: Any, dtype: str | None = None, name: str | None = None) -> Value:
+        """Declare fixed data. float64 arrays become float32 unless `dtype` says otherwise."""
+        data = np.asarray(array)
+        if dtype is None:
+            dtype = {"f": "float32", "i": "int32", "u": "int32", "b": "bool"}.get(data.dtype.kind, "float32")
+        data = np.ascontiguousarray(data, dtype=dtype).reshape(data.shape)
+        data.flags.writeable = False
+        return self.add("constant", (), {"type": TensorType(data.shape, dtype), "value": data}, name=name)[0]
+
+    def output(self, **values: Value) -> None:
+        """Name values that executables may return."""
+        for name, value in values.items():
+            self._own(value, f"output {name!r}")
+            self.outputs[name] = value
+
+    def update(self, name: str, value: Value) -> None:
+        """At the end of a step the parameter or state `name` takes `value`."""
+        target = self.node(name)
+        if target.op not in ("parameter", "state"):
+            raise errors.DeclarationError(f"{target.describe()}: only parameters and states can be updated")
+        if value.type != target.types[0]:
+            raise errors.ShapeError(f"{target.describe()}: {target.types[0]} cannot be updated with {value.name!r} {value.type}")
+        self.updates[name] = value
+
+    def add(self, op: str, inputs: Iterable[Value], attrs: Mapping[str, Any] | None = None, name: str | None = None) -> Node:
+        """Append a node. Its type rule runs now, so an error points at the user's line."""
+        inputs, attrs = tuple(inputs), dict(attrs or {})
+        origin = self._origin or _caller()
+        base = name or op
+        unique = self._unique(base, exact=name is not None and op in NAMED_SOURCES)
+        node = Node(self, unique, op, inputs, attrs, (), origin if origin.layer else replace(origin, layer=unique))
+        for slot, value in enumerate(inputs):
+            if not isinstance(value, Value):
+                raise errors.DeclarationError(f"{node.describe()}: operand {slot} is {type(value).__name__}, not a value of the graph")
+            self._own(value, f"operand {slot} of {node.describe()}")
+        node.types = self._infer(node)
+        node.layouts = (ROWS,) * len(node.types)
+        self.nx.add_node(unique, node=node)
+        for slot, value in enumerate(inputs):
+            self.nx.add_edge(value.node.name, unique, slot=slot, output=value.index)
+        return node
+
+    def _infer(self, node: Node) -> tuple[TensorType, ...]:
+        if node.op in SOURCES:
+            return (node.attrs["type"],)
+        if node.op == "fused":
+            return tuple(v.type for v in node.attrs["body"].outputs.values())
+        from graphc.ops.registry import get
+
+        types = [v.type for v in node.inputs]
+        try:
+            return tuple(get(node.op).infer(types, node.attrs))
+        except errors.DeclarationError as error:
+            operands = ", ".join(f"{v.name!r} {v.type}" for v in node.inputs)
+            raise type(error)(f"{node.describe()}: {error} (operands: {operands})") from None
+
+    def _own(self, value: Value, what: str) -> None:
+        if value.graph is not self:
+            raise errors.DeclarationError(f"{what}: {value.name!r} belongs to graph {value.graph.name!r}, not to {self.name!r}")
+
+    def _unique(self, base: str, exact: bool = False) -> str:
+        if base not in self.nx and (exact or base not in self._reserved):
+            return base
+        if exact:
+            raise errors.DeclarationError(f"graph {self.name!r} already has a node called {base!r}: choose another name")
+        while True:
+            self._counters[base] = self._counters.get(base, 0) + 1
+            candidate = f"{base}_{self._counters[base]}"
+            if candidate not in self.nx and candidate not in self._reserved:
+                return candidate
+
+    @contextlib.contextmanager
+    def origin(self, origin: Origin | None):
+        """Nodes added inside take this origin (passes: the node they replace or differentiate)."""
+        before, self._origin = self._origin, origin
+        try:
+            yield
+        finally:
+            self._origin = before
+
+    @contextlib.contextmanager
+    def layer(self, name: str):
+        """Nodes added inside belong to the user's layer `name`."""
+        with self.origin(replace(self._origin or _caller(), layer=name)):
+            yield
+
+    # ---- transforming
+
+    def rebuild(self, visit: Callable[[Graph, Node, tuple[Value, ...]], Iterable[Value] | None] | None = None, *, name: str | None = None) -> Graph:
+        """A new graph made by visiting every node in order.
+
+        `visit(new_graph, node, new_inputs)` returns the values that stand for the node's outputs, or None
+        to copy the node as it is. Origins and layouts are kept; outputs and updates are carried over.
+        """
+        new = Graph(name or self.name)
+        new.annotations = dict(self.annotations)
+        new._reserved = frozenset(n.name for n in self.nodes if n.op in NAMED_SOURCES)
+        mapping: dict[Value, Value] = {}
+        for node in self.nodes:
+            inputs = tuple(mapping[v] for v in node.inputs)
+            with new.origin(node.origin):
+                values = visit(new, node, inputs) if visit else None
+                if values is None:
+                    values = new.copy_node(node, inputs).outputs
+            for old, value in zip(node.outputs, values, strict=True):
+                mapping[old] = value
+        new._reserved = frozenset()
+        new.outputs = {k: mapping[v] for k, v in self.outputs.items()}
+        new.updates = {k: mapping[v] for k, v in self.updates.items()}
+        return new
+
+    def copy_node(self, node: Node, inputs: tuple[Value, ...]) -> Node:
+        """Append a copy of a node of another graph, keeping name, origin and layouts."""
+        with self.origin(node.origin):
+            copy = self.add(node.op, inputs, node.attrs, name=node.name)
+        copy.layouts = node.layouts
+        return copy
+
+    def copy(self) -> Graph:
+        return self.rebuild()
+
+    def subgraph(self, keep: Iterable[Value]) -> Graph:
+        """A new graph of the nodes that `keep` needs, inputs included, order preserved."""
+        needed: set[str] = set()
+        stack = [v.node for v in keep]
+        while stack:
+            node = stack.pop()
+            if node.name not in needed:
+                needed.add(node.name)
+                stack.extend(v.node for v in node.inputs)
+        new = Graph(self.name)
+        new.annotations = dict(self.annotations)
+        mapping: dict[Value, Value] = {}
+        for node in self.nodes:
+            if node.name in needed:
+                copy = new.copy_node(node, tuple(mapping[v] for v in node.inputs))
+                mapping.update(zip(node.outputs, copy.outputs, strict=True))
+        new.outputs = {k: mapping[v] for k, v in self.outputs.items() if v in mapping}
+        new.updates = {k: mapping[v] for k, v in self.updates.items() if v in mapping}
+        return new
+
+    def bind(self, dims: Mapping[str, int]) -> Graph:
+        """A new graph with every symbolic dimension replaced; type rules run again on the bound shapes."""
+        names = {d for node in self.nodes for t in node.types for d in t.shape if isinstance(d, str)}
+        missing = sorted(names - set(dims))
+        if missing:
+            which = next(n for n in self.nodes if any(missing[0] in t.shape for t in n.types))
+            raise errors.UnboundDimensionError(
+                f"{which.describe()}: dimension {missing[0]!r} of {which.types[0]} is unbound; pass dims={{{missing[0]!r}: size}}"
+            )
+        for key, size in dims.items():
+            if not isinstance(size, (int, np.integer)) or size < 0:
+                raise errors.UnboundDimensionError(f"dims[{key!r}] = {size!r}: a size must be a non-negative int")
+
+        def visit(new: Graph, node: Node, inputs: tuple[Value, ...]):
+            def resolve(item):
+                if isinstance(item, TensorType):
+                    return TensorType(tuple(int(dims[d]) if isinstance(d, str) else d for d in item.shape), item.dtype)
+                if isinstance(item, tuple):
+                    return tuple(int(dims[d]) if isinstance(d, str) and d in dims else d for d in item)
+                return item
+
+            attrs = {k: resolve(v) for k, v in node.attrs.items()}
+            return new.add(node.op, inputs, attrs, name=node.name).outputs
+
+        return self.rebuild(visit)
+
+    # ---- text, equality
+
+    def __str__(self) -> str:
+        lines = [f"graph {self.name} {{"]
+        lines += [f"  {format_node(node)}" for node in self.nodes]
+        lines += [f"  output {name} = %{value.name}" for name, value in self.outputs.items()]
+        lines += [f"  update {name} = %{value.name}" for name, value in self.updates.items()]
+        return "\n".join([*lines, "}"])
+
+    def structure(self) -> tuple:
+        """A name-free description: equal for graphs that compute the same thing in the same order."""
+        number: dict[Value, int] = {}
+        rows = []
+        for node in self.nodes:
+            for value in node.outputs:
+                number[value] = len(number)
+            keep = node.name if node.op in ("input", "parameter", "state") else ""
+            attrs = tuple(sorted((k, _freeze(v)) for k, v in node.attrs.items()))
+            rows.append((node.op, keep, tuple(number[v] for v in node.inputs), attrs, node.types, node.layouts))
+        outputs = tuple((k, number[v]) for k, v in self.outputs.items())
+        updates = tuple((k, number[v]) for k, v in self.updates.items())
+        return (tuple(rows), outputs, updates)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Graph) and (self is other or self.structure() == other.structure())
+
+    def __hash__(self) -> int:
+        return int(self.fingerprint()[:15], 16)
+
+    def fingerprint(self) -> str:
+        """Hex digest of `structure()`, the same in every process."""
+        return hashlib.sha256(repr(self.structure()).encode()).hexdigest()
+
+    def _repr_pretty_(self, printer, cycle) -> None:
+        printer.text(str(self))
+
+
+def format_node(node: Node) -> str:
+    """One line of static single assignment form: `%y: f32[N,6] = relu(%x) {attrs}  # conv1, lenet.py:12`."""
+    left = ", ".join(f"%{v.name}: {v.type}" + ("" if v.layout == ROWS else f" @{v.layout}") for v in node.outputs)
+    shown = {k: v for k, v in node.attrs.items() if k != "type" and not (k == "init" and v is None)}
+    attrs = ", ".join(f"{k}={_format_attribute(v)}" for k, v in shown.items())
+    operands = ", ".join(f"%{v.name}" for v in node.inputs)
+    comment = ", ".join(p for p in (node.origin.layer if node.origin.layer != node.name else "", str(node.origin)) if p)
+    return f"{left} = {node.op}({operands})" + (f" {{{attrs}}}" if attrs else "") + (f"  # {comment}" if comment else "")
+
+
+def _format_attribute(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.item()!r}" if value.size == 1 else f"<{value.dtype} array {list(value.shape)}>"
+    if isinstance(value, Graph):
+        return f"<graph of {len(value)} nodes>"
+    return str(value)
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return (value.dtype.str, value.shape, hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest())
+    if isinstance(value, Graph):
+        return value.structure()
+    if isinstance(value, (list, tuple)):
+        return tuple(_freeze(v) for v in value)
+    if isinstance(value, dict):
+        return tuple(sorted((k, _freeze(v)) for k, v in value.items()))
+    return repr(value)
+
+
+def _checked_type(name: str, shape: Iterable[Dimension], dtype: str) -> TensorType:
+    dtype = np.dtype(dtype).name if not isinstance(dtype, str) else dtype
+    if dtype not in DTYPES:
+        raise errors.DTypeError(f"{name}: dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}")
+    dims: list[Dimension] = []
+    for d in shape:
+        if isinstance(d, str) and d.isidentifier():
+            dims.append(d)
+        elif isinstance(d, (int, np.integer)) and not isinstance(d, bool) and d >= 0:
+            dims.append(int(d))
+        else:
+            raise errors.ShapeError(f"{name}: dimension {d!r} is neither a size >= 0 nor a name")
+    return TensorType(tuple(dims), dtype)
+
+
+def _caller() -> Origin:
+    """The first stack frame outside graphc and passes: the user's line."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith((_PACKAGE, _PASSES)) and "contextlib" not in file:
+            return Origin("", file, frame.f_lineno)
+        frame = frame.f_back
+    return Origin()
+
+
+_PASSES = os.path.join(os.path.dirname(_PACKAGE), "passes")
+
+

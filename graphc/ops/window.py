@@ -1,0 +1,269 @@
+"""Sliding windows over two spatial axes: what convolutions and pools have in common.
+
+A window of `kernel` taps, `dilation` apart, moves by `stride` over an axis with `padding` before
+and after it. Output position o and tap k meet input position `o*stride - before + k*dilation`.
+Everything here is per axis, so that the height and the width may differ in every respect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from graphc import errors
+from graphc.expr import Expr, Index
+from graphc.ir import Dimension, TensorType
+from graphc.ops.registry import Attrs, Lowering
+
+Pair = tuple[int, int]
+Padding = tuple[Pair, Pair]
+Bound = tuple[Index, int]
+
+
+# ---- arguments as users write them
+
+
+def pair(value: int | Sequence[int], what: str, least: int = 1) -> Pair:
+    """`3` or `(3, 3)` as two ints >= `least`. Raises ShapeError."""
+    items = (value, value) if isinstance(value, (int, np.integer)) else value
+    try:
+        a, b = (int(v) for v in items)
+    except (TypeError, ValueError):
+        raise errors.ShapeError(f"{what}={value!r} must be an int or a pair of ints") from None
+    if a < least or b < least:
+        raise errors.ShapeError(f"{what}={value!r} must be at least {least}")
+    return a, b
+
+
+def padding_pairs(
+    padding: Any, sizes: Sequence[Dimension], kernel: Pair, stride: Pair, dilation: Pair
+) -> Padding:
+    """Padding as ((top, bottom), (left, right)) from an int, a pair, two pairs, "same" or "valid".
+
+    "same" makes the output ceil(size / stride) long and puts an odd element at the end, as ONNX's
+    SAME_UPPER and, for stride 1, PyTorch do. Raises ShapeError.
+    """
+    if padding == "valid":
+        return (0, 0), (0, 0)
+    if padding == "same":
+        axes = [_same(*axis) for axis in zip(sizes, kernel, stride, dilation, strict=True)]
+        return axes[0], axes[1]
+    if isinstance(padding, str):
+        raise errors.ShapeError(f'padding={padding!r} must be a number, "same" or "valid"')
+    if isinstance(padding, (int, np.integer)):
+        padding = (padding, padding)
+    if len(padding) != 2:
+        raise errors.ShapeError(
+            f"padding={padding!r} must be an int, (height, width) or ((top, bottom), (left, right))"
+        )
+    first, second = (pair(p, "padding", least=0) for p in padding)
+    return first, second
+
+
+def _same(size: Dimension, kernel: int, stride: int, dilation: int) -> Pair:
+    span = dilation * (kernel - 1)
+    if stride == 1:
+        total = span
+    elif isinstance(size, str):
+        raise errors.ShapeError(
+            f'padding="same" with stride {stride} needs a known size, not {size!r}: give the '
+            "padding in numbers"
+        )
+    else:
+        total = max((-(-size // stride) - 1) * stride + span + 1 - size, 0)
+    return total // 2, total - total // 2
+
+
+# ---- shapes
+
+
+def output_extent(
+    size: Dimension, axis: str, kernel: int, stride: int, pad: Pair, dilation: int
+) -> Dimension:
+    """Number of window positions along an axis. Raises ShapeError where not even one fits."""
+    span = dilation * (kernel - 1) + 1
+    if isinstance(size, str):
+        if stride == 1 and sum(pad) == span - 1:
+            return size
+        raise errors.ShapeError(
+            f"the {axis} {size!r} of the input is unknown and this window changes it: "
+            f"declare the {axis} as a number (only the batch may be a name)"
+        )
+    if size + sum(pad) < span:
+        reach = f" (dilation {dilation}: it spans {span})" if dilation > 1 else ""
+        raise errors.ShapeError(
+            f"a window of {axis} {kernel}{reach} does not fit the input's {axis} {size} with "
+            "padding "
+            f"{pad[0]}+{pad[1]}: use a smaller kernel or more padding"
+        )
+    return (size + sum(pad) - span) // stride + 1
+
+
+def output_extents(
+    sizes: Sequence[Dimension], kernel: Pair, stride: Pair, padding: Padding, dilation: Pair
+) -> tuple[Dimension, Dimension]:
+    """`output_extent` of the height and of the width."""
+    height, width = (
+        output_extent(
+            sizes[i], ("height", "width")[i], kernel[i], stride[i], padding[i], dilation[i]
+        )
+        for i in (0, 1)
+    )
+    return height, width
+
+
+def image_type(t: TensorType, what: str = "input") -> TensorType:
+    """`t`, checked to be a floating-point [N,C,H,W]. Raises ShapeError or DTypeError."""
+    if t.rank != 4:
+        raise errors.ShapeError(f"{what} {t} must have 4 dimensions [N,C,H,W]; reshape it")
+    if not t.is_float:
+        raise errors.DTypeError(
+            f"{what} {t} must be float32 or float64; convert it with gc.cast(x, 'float32')"
+        )
+    return t
+
+
+# ---- NumPy
+
+
+def pad_images(x: np.ndarray, padding: Padding, value: float = 0.0) -> np.ndarray:
+    if not any(map(any, padding)):
+        return np.ascontiguousarray(x)
+    return np.pad(x, ((0, 0), (0, 0), *padding), constant_values=value)
+
+
+def windows(x: np.ndarray, kernel: Pair, stride: Pair, dilation: Pair) -> np.ndarray:
+    """A read-only view [N,C,KH,KW,OH,OW] of all windows of a padded x[N,C,H,W]."""
+    n, c, height, width = x.shape
+    out = output_extents((height, width), kernel, stride, ((0, 0), (0, 0)), dilation)
+    sn, sc, sh, sw = x.strides
+    strides = (sn, sc, sh * dilation[0], sw * dilation[1], sh * stride[0], sw * stride[1])
+    return np.lib.stride_tricks.as_strided(x, (n, c, *kernel, *out), strides, writeable=False)  # type: ignore[arg-type]
+
+
+def add_windows(
+    taps: np.ndarray, input_shape: Sequence[int], stride: Pair, padding: Padding, dilation: Pair
+) -> np.ndarray:
+    """The transpose of `pad_images` and `windows`: sum taps[N,C,KH,KW,OH,OW] where they came
+    from."""
+    n, c, kernel_height, kernel_width, out_height, out_width = taps.shape
+    height, width = input_shape[2:]
+    (top, bottom), (left, right) = padding
+    total = np.zeros((n, c, height + top + bottom, width + left + right), taps.dtype)
+    for i in range(kernel_height):
+        for j in range(kernel_width):
+            y, x = i * dilation[0], j * dilation[1]
+            rows = slice(y, y + (out_height - 1) * stride[0] + 1, stride[0])
+            columns = slice(x, x + (out_width - 1) * stride[1] + 1, stride[1])
+            total[:, :, rows, columns] += taps[:, :, i, j]
+    return np.ascontiguousarray(total[:, :, top : top + height, left : left + width])
+
+
+# ---- lowering
+
+
+@dataclass(frozen=True)
+class WindowAxis:
+    """One spatial axis of a window op with every size known."""
+
+    size: int
+    output: int
+    kernel: int
+    stride: int
+    before: int
+    after: int
+    dilation: int
+
+    def input_position(self, o: Index, k: Index) -> tuple[Index, list[Bound]]:
+        """The input position under tap k of window o, and the bounds it must meet."""
+        position = o * self.stride - self.before + k * self.dilation
+        return position, [(position, self.size)] if self.before or self.after else []
+
+    def windows_over(
+        self, k: Lowering, i: Index
+    ) -> tuple[tuple[int, ...], Callable[..., tuple[Index, Index, list[Bound]]]]:
+        """All (window o, tap k) pairs that meet input position i.
+
+        Returns the extents of the loops to run and a function of the loop indices that gives o, k
+        and the bounds under which the pair exists. All indices stay affine: with stride 1 the loop
+        runs over taps and o follows; with a larger stride it runs over windows and k follows (the
+        code generator clips it to the few windows in reach); with a dilation as well, over both,
+        keeping the pairs that meet.
+        """
+        at = i + self.before
+        if self.stride == 1:
+            span = self.dilation * (self.kernel - 1)
+            inner = self.before >= span and self.after >= span  # every window in reach exists
+
+            def taps(tap: Index) -> tuple[Index, Index, list[Bound]]:
+                o = at - tap * self.dilation
+                return o, tap, [] if inner else [(o, self.output)]
+
+            return (self.kernel,), taps
+        if (
+            self.stride == self.kernel
+            and self.dilation == 1
+            and self.before == 0
+            and self.size == self.output * self.kernel
+        ):
+            o, tap = k.divmod(i, self.stride)
+            return (), lambda: (o, tap, [])
+        if self.dilation == 1:
+
+            def positions(o: Index) -> tuple[Index, Index, list[Bound]]:
+                tap = at - o * self.stride
+                return o, tap, [(tap, self.kernel)]
+
+            return (self.output,), positions
+
+        def pairs(o: Index, tap: Index) -> tuple[Index, Index, list[Bound]]:
+            return o, tap, [(at - o * self.stride - tap * self.dilation, 1)]
+
+        return (self.output, self.kernel), pairs
+
+
+def window_axes(
+    sizes: Sequence[Dimension],
+    outputs: Sequence[Dimension],
+    kernel: Sequence[Dimension],
+    attrs: Attrs,
+) -> tuple[WindowAxis, WindowAxis]:
+    """The height's and the width's WindowAxis of an op with attributes stride, padding and
+    dilation."""
+    height, width = (
+        WindowAxis(
+            int(sizes[i]),
+            int(outputs[i]),
+            int(kernel[i]),
+            attrs["stride"][i],
+            *attrs["padding"][i],
+            attrs.get("dilation", (1, 1))[i],
+        )
+        for i in (0, 1)
+    )
+    return height, width
+
+
+def sum_over_windows(
+    k: Lowering,
+    axes: tuple[WindowAxis, WindowAxis],
+    index: tuple[Index, Index],
+    extra: tuple[int, ...],
+    body: Callable[..., Expr],
+) -> Expr:
+    """Sum `body(extra loops, (oh, ow), (kh, kw), bounds)` over all windows that meet an input
+    position."""
+    rows, row = axes[0].windows_over(k, index[0])
+    columns, column = axes[1].windows_over(k, index[1])
+    first, second = len(extra), len(extra) + len(rows)
+
+    def term(*loops: Index) -> Expr:
+        oh, kh, above = row(*loops[first:second])
+        ow, kw, beside = column(*loops[second:])
+        return body(loops[:first], (oh, ow), (kh, kw), tuple(above + beside))
+
+    extents = (*extra, *rows, *columns)
+    return k.reduce("sum", extents, term) if extents else term()

@@ -1,0 +1,271 @@
+"""Compiles kernels that no cache has: in this process, and in others beside it.
+
+Numba compiles under one lock, so only processes make it parallel. They are started as
+`python -m graphc.runtime.worker`, not by `multiprocessing`, which would run the user's `__main__`
+again: this works from a notebook, from standard input and from a script without a main guard.
+
+All take from one queue, the long kernels first. A worker is given a kernel only after it has
+imported Numba, and this process compiles meanwhile, so starting workers costs no waiting; and a
+worker that dies costs one kernel's time, as this process compiles what comes back unfinished.
+"""
+
+import contextlib
+import ctypes
+import itertools
+import json
+import logging
+import os
+import queue
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from graphc.errors import CompileError
+from graphc.runtime.cache import Entry, KernelCache
+
+log = logging.getLogger("graphc.cache")
+
+# progress(done, total, seconds, name): `seconds` since compiling began, `name` just compiled.
+Progress = Callable[[int, int, float, str], None]
+
+PARALLEL_FROM: Final = 4  # kernels; fewer are compiled sooner than a worker has imported Numba
+KERNELS_A_WORKER: Final = 3
+MAX_WORKERS: Final = 8  # each takes about 150 MB
+STALL_SECONDS: Final = 120.0
+
+
+class Job(NamedTuple):
+    """One kernel to compile."""
+
+    key: str
+    name: str
+    source: str
+    signature: str
+
+
+def compile_job(job: Job, cache: KernelCache) -> Entry:
+    """Compiles in this process and stores the result. Raises CompileError."""
+    from graphc.codegen import native
+
+    path = cache.source_path(job.key)
+    try:
+        _number_symbols_at_random()
+        function = native.load_source(job.source, job.name, path)
+        symbol, object_bytes, _ = native.compile_function(function, job.signature)
+    except Exception as error:
+        cache.put_source(job.key, job.source)
+        raise CompileError(f"kernel {job.name} ({path}) cannot be compiled: {error}") from error
+    if foreign := sorted(name for name in undefined_symbols(object_bytes) if not _in_process(name)):
+        cache.put_source(job.key, job.source)
+        raise CompileError(
+            f"kernel {job.name} ({path}) calls {', '.join(foreign)}, which exists only inside Numba"
+        )
+    cache.put(job.key, job.source, symbol, object_bytes)
+    return Entry(symbol, object_bytes)
+
+
+def _number_symbols_at_random() -> None:
+    """Numba numbers its symbols from 1 in each process, so that two processes give one name to
+    different code; and object code of both meets in one linker later. Start at a random number.
+    """
+    from numba.core.bytecode import FunctionIdentity
+
+    if getattr(FunctionIdentity, "_graphc_process", None) != os.getpid():
+        FunctionIdentity._graphc_process = os.getpid()
+        FunctionIdentity._unique_ids = itertools.count(int.from_bytes(os.urandom(5), "little"))
+
+
+def compile_jobs(
+    jobs: Sequence[Job],
+    cache: KernelCache,
+    progress: Progress | None = None,
+    workers: int | None = None,
+) -> dict[str, Entry]:
+    """Compiles all jobs, by key. `progress` is called in this thread only."""
+    if workers is None:
+        workers = _worker_count(len(jobs))
+    begin = time.perf_counter()
+    entries: dict[str, Entry] = {}
+
+    def record(job: Job, entry: Entry) -> None:
+        entries[job.key] = entry
+        if progress is not None:
+            progress(len(entries), len(jobs), time.perf_counter() - begin, job.name)
+
+    if workers == 0:
+        for job in jobs:
+            record(job, compile_job(job, cache))
+        return entries
+    with contextlib.ExitStack() as stack:
+        shared = cache
+        if cache.folder is None:
+            folder = tempfile.mkdtemp(prefix="graphc-")
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            shared = KernelCache(folder)
+        _compile_parallel(jobs, cache, shared, workers, entries, record)
+    return entries
+
+
+def _worker_count(jobs: int) -> int:
+    if text := os.environ.get("GRAPHC_COMPILE_WORKERS"):
+        return max(0, int(text))
+    if jobs < PARALLEL_FROM or not sys.executable:
+        return 0
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return min(cores - 1, jobs // KERNELS_A_WORKER, MAX_WORKERS)
+
+
+def _compile_parallel(
+    jobs: Sequence[Job],
+    cache: KernelCache,
+    shared: KernelCache,
+    workers: int,
+    entries: dict[str, Entry],
+    record: Callable[[Job, Entry], None],
+) -> None:
+    pending = deque(sorted(jobs, key=lambda job: -len(job.source)))
+    # What becomes of jobs that went to a worker: (job, whether the worker has stored it).
+    results: queue.SimpleQueue[tuple[Job, bool]] = queue.SimpleQueue()
+    helpers = [_Worker(shared.folder, pending, results) for _ in range(workers)]
+
+    def take(job: Job, stored: bool) -> None:
+        entry = shared.get(job.key) if stored else None
+        record(job, entry or compile_job(job, cache))
+
+    try:
+        while len(entries) < len(jobs):
+            try:
+                job = pending.popleft()
+            except IndexError:
+                try:
+                    take(*results.get(timeout=STALL_SECONDS))
+                except queue.Empty:
+                    log.warning("a compiling process does not answer; it is ended")
+                    for helper in helpers:
+                        helper.kill()
+                continue
+            record(job, compile_job(job, cache))
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    take(*results.get_nowait())
+    finally:
+        for helper in helpers:
+            helper.kill()
+        for helper in helpers:
+            helper.join()
+
+
+class _Worker:
+    """A compiling process and the thread that hands it one job after the other."""
+
+    def __init__(
+        self,
+        folder: Path | None,
+        pending: deque[Job],
+        results: "queue.SimpleQueue[tuple[Job, bool]]",
+    ) -> None:
+        self._pending = pending
+        self._results = results
+        self._process: subprocess.Popen[bytes] | None = None
+        try:
+            self._process = _start_process(str(folder))
+        except OSError as error:
+            log.warning("no compiling process can be started: %s", error)
+            return
+        self._thread = threading.Thread(target=self._feed, name="graphc-build", daemon=True)
+        self._thread.start()
+
+    def kill(self) -> None:
+        """Ends the process at once; what it stores, it stores atomically."""
+        if self._process is not None:
+            self._process.kill()
+
+    def join(self) -> None:
+        if self._process is not None:
+            self._thread.join()
+            self._process.wait()
+            for stream in (self._process.stdin, self._process.stdout):
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+    def _feed(self) -> None:
+        process = self._process
+        if process.stdout.readline() != b"ready\n":
+            return
+        while True:
+            try:
+                job = self._pending.popleft()
+            except IndexError:
+                return
+            stored = alive = False
+            try:
+                process.stdin.write(json.dumps(job).encode() + b"\n")
+                process.stdin.flush()
+                answer = process.stdout.readline()
+                alive = bool(answer)
+                stored = answer == b"stored\n"
+            except (OSError, ValueError):
+                pass
+            self._results.put((job, stored))
+            if not alive:
+                return
+
+
+def _start_process(folder: str) -> "subprocess.Popen[bytes]":
+    """The worker finds its modules where this process does, whatever the current folder holds."""
+    root = str(Path(__file__).resolve().parents[2])
+    search = [root, *(os.path.abspath(path) for path in sys.path if path)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "graphc.runtime.worker", os.path.abspath(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=None if os.environ.get("GRAPHC_LOG") else subprocess.DEVNULL,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(search), "PYTHONSAFEPATH": "1"},
+        creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+    )
+
+
+def undefined_symbols(object_bytes: bytes) -> set[str]:
+    """Names an ELF64 little-endian object needs from elsewhere; empty for other formats.
+
+    The JIT links a missing function as address 0 without a word: better refused when compiled.
+    """
+    if object_bytes[:6] != b"\x7fELF\x02\x01":
+        return set()
+    sections_at = struct.unpack_from("<Q", object_bytes, 40)[0]
+    count = struct.unpack_from("<H", object_bytes, 60)[0]
+    # name, type, flags, address, offset, size, link, info, alignment, entry size
+    sections = [
+        struct.unpack_from("<IIQQQQIIQQ", object_bytes, sections_at + 64 * index)
+        for index in range(count)
+    ]
+    names: set[str] = set()
+    for section in sections:
+        if section[1] != 2:  # SHT_SYMTAB
+            continue
+        strings = sections[section[6]][4]
+        for at in range(section[4] + 24, section[4] + section[5], 24):
+            name, info, _, defined_in = struct.unpack_from("<IBBH", object_bytes, at)
+            if defined_in == 0 and info >> 4 == 1:  # SHN_UNDEF, STB_GLOBAL
+                end = object_bytes.index(b"\0", strings + name)
+                names.add(object_bytes[strings + name : end].decode())
+    return names
+
+
+def _in_process(symbol: str) -> bool:
+    """Whether the C library or the interpreter defines `symbol`, with or without Numba."""
+    try:
+        getattr(ctypes.CDLL(None), symbol)
+    except (AttributeError, TypeError):
+        return sys.platform == "win32"
+    return True

@@ -1,0 +1,52 @@
+"""Byte offsets shared by the native driver and the Python that sets it up.
+
+A team's control block is one aligned array of int64. Words that different threads write lie on
+different 128-byte lines (two cache lines: x86 prefetches them in pairs), else every arrival at a
+barrier would take the line away from the threads that poll its neighbour.
+"""
+
+from typing import Final
+
+# A row of the launch table: [function address, arguments address, flags, reserved], int64 each.
+ROW_FUNCTION: Final = 0
+ROW_ARGUMENTS: Final = 8
+ROW_FLAGS: Final = 16
+ROW_BYTES: Final = 32
+
+BARRIER: Final = 1  # all threads finish this row before any of them starts the next
+ALONE: Final = 2  # thread 0 runs the row by itself, as kernel(arguments, 0, 1)
+
+# A request: what one call of the driver is asked to do. Thread 0's also describes the program that
+# the team runs. The last two words take the result and exception pointers that Numba's calling
+# convention wants.
+REQUEST_CONTROL: Final = 0
+REQUEST_THREAD: Final = 8
+REQUEST_TABLE: Final = 16
+REQUEST_ROWS: Final = 24
+REQUEST_TIMING: Final = 32  # address of int64[threads, rows, 2] for begin and end ticks, or 0
+REQUEST_FAILED: Final = 40  # out: 1 + index of a row whose kernel returned an error status, or 0
+REQUEST_RESULT: Final = 48
+REQUEST_EXCEPTION: Final = 56
+REQUEST_BYTES: Final = 64
+
+# The control block. First what is written while a program runs.
+BARRIER_COUNT: Final = 0  # threads that have arrived at the barrier
+BARRIER_TURN: Final = 128  # number of barriers passed
+GENERATION: Final = 256  # number of programs posted to the workers
+PROGRAM: Final = 264  # address of thread 0's request; written before GENERATION, read after it
+STOP: Final = 272  # with the next GENERATION, workers leave their loop
+DONE: Final = 384  # workers that have finished the posted program
+SLEEPERS: Final = 512  # workers that are about to block, or block, on the condition variable
+
+# Constant once the team exists.
+THREADS: Final = 640
+SPIN_LIMIT: Final = 648  # polls before a waiting thread offers its core to others at each poll
+IDLE_TICKS: Final = 656  # clock ticks that an idle worker polls before it blocks
+YIELD: Final = 664  # addresses of functions of the operating system
+LOCK: Final = 672
+UNLOCK: Final = 680
+WAIT: Final = 688
+WAKE_ALL: Final = 696
+MUTEX: Final = 768  # storage of the operating system's mutex and condition variable
+CONDITION: Final = 896
+CONTROL_BYTES: Final = 1024

@@ -1,0 +1,141 @@
+"""A compiled program: arenas, a launch table, and what users call."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from graphc import errors
+from graphc.init import materialise
+from graphc.interpreter import interpret
+from graphc.ir import Graph, Node
+from graphc.runtime.inputs import checked_array, missing_input, unknown_input
+
+
+class Executable:
+    """What `gc.compile` returns: call it with the inputs by name, get the outputs by name.
+
+    Calls from several Python threads take turns. Returned arrays are fresh; they never alias the
+    executable's memory."""
+
+    graph: Graph
+    target: str
+
+    def __init__(self, graph: Graph, seed: int):
+        self.graph = graph
+        self.seed = seed
+        self.inputs: dict[str, Node] = graph.inputs
+        self.output_names = tuple(graph.outputs)
+        self.state_nodes: dict[str, Node] = {**graph.parameters, **graph.states}
+        self._lock = threading.RLock()
+
+    # ---- running
+
+    def __call__(self, **inputs: Any) -> dict[str, np.ndarray]:
+        return self.run(inputs)
+
+    def run(self, inputs: Mapping[str, Any], out: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+        """Run one step. `out` gives arrays to write outputs into (C-contiguous, of the output's type)."""
+        raise NotImplementedError
+
+    def _checked(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        for name in inputs:
+            if name not in self.inputs:
+                raise unknown_input(name, list(self.inputs))
+        arrays = {}
+        for name, node in self.inputs.items():
+            if name in inputs:
+                arrays[name] = checked_array(node, inputs[name])
+            elif node.attrs.get("default") is not None:
+                arrays[name] = np.asarray(node.attrs["default"], node.types[0].dtype)
+            else:
+                raise missing_input(node)
+        return arrays
+
+    def _checked_out(self, out: Mapping[str, np.ndarray]) -> None:
+        for name, array in out.items():
+            if name not in self.graph.outputs:
+                raise errors.InputError(f"there is no output {name!r}; the outputs are {', '.join(self.output_names)}")
+            declared = self.graph.outputs[name].type
+            fits = isinstance(array, np.ndarray) and array.shape == declared.shape and array.dtype.name == declared.dtype
+            if not fits or not array.flags.c_contiguous or not array.flags.writeable:
+                raise errors.InputError(f"out[{name!r}] must be a writable C-contiguous array {declared}")
+
+    # ---- state
+
+    def _read(self, name: str) -> np.ndarray:
+        raise NotImplementedError
+
+    def _write(self, name: str, array: np.ndarray) -> None:
+        raise NotImplementedError
+
+    def state(self, optimizer: bool = False) -> dict[str, np.ndarray]:
+        """Copies of the parameters and running statistics by name, in PyTorch's names and layouts.
+
+        `optimizer=True` adds the optimizer's moments and counters, to resume training."""
+        with self._lock:
+            return {n: self._read(n) for n, node in self.state_nodes.items() if optimizer or _persistent(node)}
+
+    def load_state(self, state: Mapping[str, np.ndarray], strict: bool = True) -> None:
+        """Set parameters and states from arrays by name. Nothing changes if one of them does not fit.
+
+        Raises StateError: unknown or missing names (unless `strict=False`), wrong shapes."""
+        known = self.state_nodes
+        # Entries that only another executable of the network has (an optimizer's moments) are no error.
+        extra = [n for n in state if n not in known and not n.startswith("optimizer.") and n != "dropout.step"]
+        absent = [n for n, node in known.items() if n not in state and _persistent(node)]
+        if strict and extra:
+            raise errors.StateError(f"load_state: the network has no {', '.join(map(repr, extra))} (strict=False skips)")
+        if strict and absent:
+            raise errors.StateError(f"load_state: missing {', '.join(map(repr, absent))} (strict=False keeps them)")
+        arrays = {}
+        for name in known.keys() & state.keys():
+            declared = known[name].types[0]
+            array = np.asarray(state[name])
+            if array.shape != declared.shape:
+                raise errors.StateError(f"load_state: {name!r} is {declared}, got shape {list(array.shape)}")
+            arrays[name] = array.astype(declared.dtype)
+        with self._lock:
+            for name, array in arrays.items():
+                self._write(name, array)
+
+    def _initialise(self) -> None:
+        for name, node in self.state_nodes.items():
+            self._write(name, materialise(node, self.seed))
+
+
+def _persistent(node: Node) -> bool:
+    return node.op == "parameter" or node.attrs.get("persistent", True)
+
+
+class InterpretedExecutable(Executable):
+    """`target="interpret"`: every call runs the NumPy references."""
+
+    target = "interpret"
+
+    def __init__(self, graph: Graph, seed: int):
+        super().__init__(graph, seed)
+        self._state: dict[str, np.ndarray] = {}
+        self._initialise()
+
+    def run(self, inputs: Mapping[str, Any], out: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+        arrays = self._checked(inputs)
+        with self._lock:
+            results = interpret(self.graph, arrays, self._state)
+            self._state.update({k: np.array(v) for k, v in results.updates.items()})
+        outputs = {k: np.array(v) for k, v in results.outputs.items()}
+        if out is not None:
+            self._checked_out(out)
+            for name, array in out.items():
+                array[...] = outputs[name]
+                outputs[name] = array
+        return outputs
+
+    def _read(self, name: str) -> np.ndarray:
+        return self._state[name].copy()
+
+    def _write(self, name: str, array: np.ndarray) -> None:
+        self._state[name] = np.array(array)

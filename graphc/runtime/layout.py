@@ -1,0 +1,33 @@
+"""Arrays in and out of a value's layout in memory."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from graphc.ir import Layout
+
+
+def write_layout(memory: np.ndarray, array: np.ndarray, layout: Layout) -> None:
+    """Copy `array` into `memory`, which has the layout's physical shape. Padding becomes zero."""
+    if layout.lane_axis is None:
+        memory[...] = array
+        return
+    axis, lanes = layout.lane_axis, layout.lanes
+    full, rest = divmod(array.shape[axis], lanes)
+    blocks = np.moveaxis(memory, -1, axis + 1)
+    lead = (slice(None),) * axis
+    head = array[(*lead, slice(0, full * lanes))]
+    blocks[(*lead, slice(0, full))] = head.reshape(*array.shape[:axis], full, lanes, *array.shape[axis + 1 :])
+    if rest:
+        blocks[(*lead, full)] = 0
+        blocks[(*lead, full, slice(0, rest))] = array[(*lead, slice(full * lanes, None))]
+
+
+def read_layout(memory: np.ndarray, shape: tuple[int, ...], layout: Layout) -> np.ndarray:
+    """A copy of the logical array of `shape` that lies in `memory`."""
+    if layout.lane_axis is None:
+        return memory.reshape(shape).copy()
+    axis = layout.lane_axis
+    blocks = np.moveaxis(memory, -1, axis + 1)
+    merged = blocks.reshape(*shape[:axis], blocks.shape[axis] * layout.lanes, *shape[axis + 1 :])
+    return np.ascontiguousarray(merged[(slice(None),) * axis + (slice(0, shape[axis]),)])

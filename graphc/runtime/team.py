@@ -1,0 +1,239 @@
+"""A team of threads that runs programs together, in place of OpenMP.
+
+The thread that calls `run` is thread 0. The others are Python threads that stay inside the native
+driver, without the GIL: they poll for the next program for `GRAPHC_SPIN_US` microseconds (300),
+then block on a condition variable. Programs are split statically, so the same number of threads
+gives the same bits.
+
+Why no wake-up is lost. A worker that goes to sleep does, with the mutex held: (1) add 1 to
+SLEEPERS, (2) compare GENERATION with the last one it has seen, (3) if equal wait on the condition,
+which releases the mutex. Thread 0 does: (a) add 1 to GENERATION, (b) load SLEEPERS, (c) if not 0
+lock the mutex, wake all, unlock. All of these are in one sequentially consistent order. If (b)
+reads 0, then (1) comes after (b), so (2) comes after (a) and sees the new generation: the worker
+does not wait. Otherwise thread 0 locks the mutex: either before the worker did, and then (2) sees
+the new generation, or after the worker has released it in (3), and then it is woken.
+
+Why an interrupted call harms nothing. Posting a program, waking, running and waiting for all
+workers is one native call; Python acts on a Ctrl-C before or after it, never inside.
+
+After `fork` the child has no workers: the control block is set up anew, and they start with the
+next `run`. At interpreter exit workers are told to leave; one that cannot (it is in a kernel that
+another thread's `run` waits for) is harmless, since control block and code are never freed.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import os
+import sys
+import threading
+import time
+import weakref
+from typing import Final
+
+import numpy as np
+
+from graphc.errors import GraphcError
+from graphc.runtime import control as c
+from graphc.runtime.arena import aligned_zeros
+from graphc.runtime.driver import Request, load_driver
+
+SPIN_LIMIT: Final = 2000  # polls, 40 to 100 us, before a waiting thread offers its core to others
+MAX_THREADS: Final = 256
+_EXIT_SECONDS: Final = 1.0
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+class Program:
+    """A launch table, prepared to be run by a team."""
+
+    def __init__(self, team: "Team", table: int, rows: int, timing: int = 0) -> None:
+        self._team = team
+        # The request owns the words that the call points to.
+        self._request = Request(team._participate, team._control, 0, table, rows, timing)
+        self._call = self._request.call
+
+    def run(self) -> None:
+        """Runs every row with all threads and returns when all have finished.
+
+        The GIL is released. Programs of one team take turns; those of a team of one thread do
+        not need to. Raises GraphcError if a kernel returned an error status.
+        """
+        team = self._team
+        if team.threads == 1:
+            failed = self._call()
+        else:
+            with team._lock:
+                if not team._running:
+                    team._start()
+                failed = self._call()
+        if failed:
+            row = self._request.failed_row
+            raise GraphcError(f"the kernel of row {row} of a launch table returned an error status")
+
+
+class Team:
+    """`threads` threads, the caller among them. Use `get_team`: teams are for the whole process."""
+
+    def __init__(self, threads: int) -> None:
+        if not 1 <= threads <= MAX_THREADS:
+            raise GraphcError(f"threads={threads}: use 1 to {MAX_THREADS}")
+        self.threads = threads
+        self._driver = load_driver()
+        self._participate = self._driver.participate
+        self._words = aligned_zeros(c.CONTROL_BYTES, 128).view(np.int64)
+        self._control: int = self._words.ctypes.data
+        # Never freed: see the module's docstring on exit.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._words))
+        self._lock = threading.Lock()
+        self._running = False
+        self._workers: list[threading.Thread] = []
+        self._requests: list[Request] = []
+        self._set_control()
+        _teams.add(self)
+
+    def program(self, table: int, rows: int, timing: int = 0) -> Program:
+        """Prepares a launch table at an address; the caller keeps its memory alive.
+
+        With `timing`, the address of int64[threads, rows, 2], each run stamps begin and end of
+        every row in ticks (see `Driver.ticks_per_second`).
+        """
+        return Program(self, table, rows, timing)
+
+    def run(self, table: int, rows: int, timing: int = 0) -> None:
+        """Runs a table once; `program` is faster for one that is run again."""
+        Program(self, table, rows, timing).run()
+
+    def close(self, timeout: float = 60.0) -> None:
+        """Ends the workers; the next `run` starts new ones. Waits for a run to finish first."""
+        if not self._lock.acquire(timeout=timeout):
+            return
+        try:
+            self._stop(timeout)
+        finally:
+            self._lock.release()
+
+    def _start(self) -> None:
+        """Sets up the control block and starts the workers. With the lock held."""
+        self._stop(_EXIT_SECONDS)  # what an interrupted start or stop has left
+        self._set_control()
+        for thread in range(1, self.threads):
+            request = Request(self._participate, self._control, thread, 0, 0, 0)
+            name = f"graphc-{thread}"
+            worker = threading.Thread(target=request.call, name=name, daemon=True)
+            # Noted before it starts: an interrupted `start` may have started it all the same.
+            self._requests.append(request)
+            self._workers.append(worker)
+            try:
+                worker.start()
+            except RuntimeError as error:
+                self._stop(_EXIT_SECONDS)
+                raise GraphcError(
+                    f"only {thread} of {self.threads} threads can be started ({error}): "
+                    "compile with a smaller threads="
+                ) from error
+        self._running = True
+
+    def _stop(self, timeout: float) -> None:
+        """Makes the workers leave the driver. They run no program now, so that takes no time."""
+        self._running = False
+        if self._workers:
+            self._words[c.STOP // 8] = 1
+            request = Request(self._participate, self._control, 0, 0, 0, 0)
+            request.call()
+            deadline = time.monotonic() + timeout
+            # `enumerate` also lists threads that are just starting, which cannot be joined.
+            while not set(self._workers).isdisjoint(threading.enumerate()):
+                if time.monotonic() > deadline:
+                    raise GraphcError(f"a thread of a team of {self.threads} does not end")
+                time.sleep(0.0002)
+        self._workers = []
+        self._requests = []
+
+    def _set_control(self) -> None:
+        """The control block of a team at rest. No worker may be running."""
+        idle_us = float(os.environ.get("GRAPHC_SPIN_US") or 300)
+        words = self._words
+        words[:] = 0
+        words[c.THREADS // 8] = self.threads
+        # With more threads than cores the one waited for is likely not running: yield at once.
+        words[c.SPIN_LIMIT // 8] = SPIN_LIMIT if self.threads <= available_cores() else 20
+        words[c.IDLE_TICKS // 8] = int(idle_us * 1e-6 * self._driver.ticks_per_second())
+        for offset, address in _system_functions(self._control).items():
+            words[offset // 8] = address
+
+    def _forget_workers(self) -> None:
+        """In the child of a fork: only the thread that called `fork` exists there."""
+        self._lock = threading.Lock()
+        self._running = False
+        self._workers = []
+        self._requests = []
+
+
+def _system_functions(control: int) -> dict[int, int]:
+    """Addresses of the system's yield, mutex and condition variable functions, by control offset.
+
+    Initialises mutex and condition variable in the control block.
+    """
+
+    def address(function: object) -> int:
+        return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+    if sys.platform == "win32":
+        kernel = ctypes.WinDLL("kernel32")
+        kernel.InitializeSRWLock(ctypes.c_void_p(control + c.MUTEX))
+        kernel.InitializeConditionVariable(ctypes.c_void_p(control + c.CONDITION))
+        return {
+            c.YIELD: address(kernel.SwitchToThread),
+            c.LOCK: address(kernel.AcquireSRWLockExclusive),
+            c.UNLOCK: address(kernel.ReleaseSRWLockExclusive),
+            c.WAIT: address(kernel.SleepConditionVariableSRW),
+            c.WAKE_ALL: address(kernel.WakeAllConditionVariable),
+        }
+    system = ctypes.CDLL(None)
+    system.pthread_mutex_init(ctypes.c_void_p(control + c.MUTEX), None)
+    system.pthread_cond_init(ctypes.c_void_p(control + c.CONDITION), None)
+    return {
+        c.YIELD: address(system.sched_yield),
+        c.LOCK: address(system.pthread_mutex_lock),
+        c.UNLOCK: address(system.pthread_mutex_unlock),
+        c.WAIT: address(system.pthread_cond_wait),
+        c.WAKE_ALL: address(system.pthread_cond_broadcast),
+    }
+
+
+_teams: "weakref.WeakSet[Team]" = weakref.WeakSet()
+_by_threads: dict[int, Team] = {}
+_lock = threading.Lock()
+
+
+def get_team(threads: int) -> Team:
+    """The process's team of that many threads."""
+    with _lock:
+        team = _by_threads.get(threads)
+        if team is None:
+            team = _by_threads[threads] = Team(threads)
+        return team
+
+
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.Lock()
+    for team in list(_teams):
+        team._forget_workers()
+
+
+def _close_all() -> None:
+    for team in list(_teams):
+        with contextlib.suppress(Exception):
+            team.close(_EXIT_SECONDS)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+atexit.register(_close_all)

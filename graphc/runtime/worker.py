@@ -1,0 +1,37 @@
+"""A compiling process: `python -m graphc.runtime.worker FOLDER`, started by `graphc.runtime.build`.
+
+Says `ready` once Numba is imported. Then reads jobs, one JSON line each, stores the object code in
+the cache FOLDER and answers `stored` or `failed`; ends with its standard input. Errors are not
+described: the parent compiles a failed kernel itself, and so meets the error where it can be read.
+"""
+
+import json
+import os
+import signal
+import sys
+
+from graphc.errors import CompileError
+from graphc.runtime.build import Job, compile_job
+from graphc.runtime.cache import KernelCache
+
+
+def main(folder: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then ends us
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # so that nothing a library prints is taken for an answer
+    cache = KernelCache(folder)
+    import numba  # noqa: F401
+
+    answers.write(b"ready\n")
+    for line in sys.stdin.buffer:
+        job = Job(*json.loads(line))
+        try:
+            compile_job(job, cache)
+        except CompileError:
+            answers.write(b"failed\n")
+        else:
+            answers.write(b"stored\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

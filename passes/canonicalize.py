@@ -1,0 +1,380 @@
+"""Rewrite the graph with algebra that keeps every result, into one form of each thing."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from graphc.ir import SOURCES, Graph, Node, TensorType, Value
+from graphc.ops import registry
+from passes.base import Pass, note
+from passes.eliminate_dead import EliminateDead
+
+# Nested rewrites of one node. Each rule makes its node smaller, so that real graphs stay far below.
+_DEPTH = 32
+
+
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """Apply the rules of `RULES` and `POOL_RULES` until none fits.
+
+    At most `sweeps` sweeps, each linear in the number of nodes.
+    Requires: int dimensions. Ensures: every output and update has the same value, up to the sign of
+    zero and the last bit where a rule says so. No rule computes a value twice.
+    move_pools: move relu and bias additions behind a max pool that follows (fewer elements). The
+    rule belongs before autodiff, which then differentiates the smaller graph.
+    drop_stop_gradient: remove stop_gradient, which means nothing once autodiff has run.
+    """
+
+    move_pools: bool = True
+    drop_stop_gradient: bool = False
+    sweeps: int = 8
+
+    def run(self, graph: Graph) -> Graph:
+        fired: Counter[str] = Counter()
+        for _ in range(self.sweeps):
+            graph = EliminateDead(keep_inputs=True).run(graph)
+            sweep = _Sweep(graph, self._rules())
+            graph = graph.rebuild(sweep.visit)
+            fired += sweep.fired
+            if not sweep.fired:
+                break
+        graph = EliminateDead(keep_inputs=True).run(graph)
+        if fired:
+            note(graph, ", ".join(f"{name} x{count}" for name, count in fired.items()))
+        return graph
+
+    def _rules(self) -> dict[str, tuple[Rule, ...]]:
+        rules = dict(RULES)
+        if self.move_pools:
+            rules.update(POOL_RULES)
+        if self.drop_stop_gradient:
+            rules["stop_gradient"] = (identity,)
+        return rules
+
+
+@dataclass
+class Match:
+    """An operator application that rules look at: operands are values of the graph being built."""
+
+    sweep: _Sweep
+    graph: Graph
+    node: Node
+    op: str
+    inputs: tuple[Value, ...]
+    attrs: dict[str, Any]
+    type: TensorType
+    depth: int
+
+    def emit(self, op: str, *inputs: Value, **attrs: Any) -> Value:
+        """Append an operator in the matched node's place; rules apply to it too."""
+        return self.sweep.emit(self.graph, self.node, op, inputs, attrs, self.depth + 1)
+
+    def again(self, node: Node, *inputs: Value) -> Value:
+        """Append `node` once more with other operands, under its own name and origin."""
+        with self.graph.origin(node.origin):
+            return self.sweep.emit(self.graph, node, node.op, inputs, node.attrs, self.depth + 1)
+
+    def take(self, value: Value) -> Node | None:
+        """The node of `value` if only the matched node uses it, to be replaced; else None.
+
+        It is removed from the graph, so that the rule must not fail after."""
+        node = value.node
+        if self.sweep.uses[value] != 1 or self.graph.nx.out_degree(node.name) != 0:
+            return None
+        self.graph.nx.remove_node(node.name)
+        return node
+
+
+@dataclass
+class _Sweep:
+    """One visit of every node. `uses` counts readers in the old graph by value of the new one."""
+
+    old: Graph
+    rules: dict[str, tuple[Rule, ...]]
+    uses: Counter[Value] = field(default_factory=Counter)
+    fired: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.readers = Counter(v for node in self.old for v in node.inputs)
+        self.readers.update(self.old.results)
+
+    def visit(self, new: Graph, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
+        value = None
+        if node.op not in SOURCES and len(node.types) == 1:
+            value = self.rewritten(new, node, node.op, inputs, node.attrs, node.types[0], 0)
+        values = new.copy_node(node, inputs).outputs if value is None else (value,)
+        for old, result in zip(node.outputs, values, strict=True):
+            self.uses[result] += self.readers[old]
+        return values
+
+    def emit(self, graph, node, op, inputs, attrs, depth) -> Value:
+        types = tuple(registry.get(op).infer([v.type for v in inputs], attrs))
+        value = self.rewritten(graph, node, op, inputs, attrs, types[0], depth)
+        return graph.add(op, inputs, attrs, name=node.name)[0] if value is None else value
+
+    def rewritten(self, graph, node, op, inputs, attrs, kind, depth) -> Value | None:
+        if depth > _DEPTH:
+            return None
+        match = Match(self, graph, node, op, inputs, attrs, kind, depth)
+        for rule in (*self.rules.get(op, ()), expand_later):
+            value = rule(match)
+            if value is not None:
+                assert value.type == kind, f"rule {rule.__name__}: {value.type} for {kind}"
+                self.fired[rule.__name__] += 1
+                return value
+        return None
+
+
+Rule = Callable[[Match], Value | None]
+
+
+def uniform(value: Value) -> float | None:
+    """The one number that all elements of a constant have, seen through broadcasting; else None."""
+    while value.node.op in ("expand", "reshape"):
+        value = value.node.inputs[0]
+    if value.node.op != "constant":
+        return None
+    data = value.node.attrs["value"]
+    if not data.size or data.size > 4096 or not (data == data.flat[0]).all():
+        return None
+    return data.flat[0].item()
+
+
+def _power_of_two(x: float | None) -> bool:
+    """Whether multiplying by x is exact short of over- and underflow."""
+    if not isinstance(x, float) or x == 0 or not math.isfinite(x):
+        return False
+    mantissa, exponent = math.frexp(abs(x))
+    return mantissa == 0.5 and abs(exponent) <= 32
+
+
+def _scalar(match: Match, x: float) -> Value:
+    return match.graph.constant(np.asarray(x, match.type.dtype), dtype=match.type.dtype)
+
+
+# ---- arithmetic
+
+
+def neutral_operand(m: Match) -> Value | None:
+    """x + 0, x - 0, x * 1, x / 1, x ** 1 are x."""
+    neutral = {"add": 0, "sub": 0, "mul": 1, "div": 1, "pow": 1}[m.op]
+    a, b = m.inputs
+    if a.type == m.type and uniform(b) == neutral:
+        return a
+    if m.op in ("add", "mul") and b.type == m.type and uniform(a) == neutral:
+        return b
+    return None
+
+
+def minus_one(m: Match) -> Value | None:
+    """x * -1 and x / -1 are -x."""
+    a, b = m.inputs
+    if a.type == m.type and uniform(b) == -1:
+        return m.emit("neg", a)
+    if m.op == "mul" and b.type == m.type and uniform(a) == -1:
+        return m.emit("neg", b)
+    return None
+
+
+def add_of_negative(m: Match) -> Value | None:
+    """a + -b is a - b."""
+    a, b = m.inputs
+    if b.node.op == "neg":
+        return m.emit("sub", a, b.node.inputs[0])
+    if a.node.op == "neg":
+        return m.emit("sub", b, a.node.inputs[0])
+    return None
+
+
+def sub_of_negative(m: Match) -> Value | None:
+    """a - -b is a + b."""
+    a, b = m.inputs
+    return m.emit("add", a, b.node.inputs[0]) if b.node.op == "neg" else None
+
+
+def sub_from_zero(m: Match) -> Value | None:
+    """0 - x is -x, up to the sign of zero."""
+    a, b = m.inputs
+    return m.emit("neg", b) if b.type == m.type and uniform(a) == 0 else None
+
+
+def neg_of_neg(m: Match) -> Value | None:
+    """--x is x."""
+    (x,) = m.inputs
+    return x.node.inputs[0] if x.node.op == "neg" else None
+
+
+def neg_of_sub(m: Match) -> Value | None:
+    """-(a - b) is b - a, up to the sign of zero."""
+    (x,) = m.inputs
+    if x.node.op != "sub" or m.take(x) is None:
+        return None
+    a, b = x.node.inputs
+    return m.emit("sub", b, a)
+
+
+def div_by_power_of_two(m: Match) -> Value | None:
+    """x / 2**k is x * 2**-k, exactly."""
+    a, b = m.inputs
+    divisor = uniform(b)
+    if a.type == m.type and _power_of_two(divisor):
+        return m.emit("mul", a, _scalar(m, 1 / divisor))
+    return None
+
+
+def mul_of_mul(m: Match) -> Value | None:
+    """(x * c) * d is x * (c * d) where c or d is a power of two, which makes it exact."""
+    for x, d in (m.inputs, m.inputs[::-1]):
+        outer = uniform(d)
+        if outer is None or x.node.op != "mul" or x.type != m.type or not m.type.is_float:
+            continue
+        for y, c in (x.node.inputs, x.node.inputs[::-1]):
+            inner = uniform(c)
+            if inner is None or y.type != m.type:
+                continue
+            product = inner * outer
+            if (_power_of_two(inner) or _power_of_two(outer)) and 1e-30 < abs(product) < 1e30:
+                return m.emit("mul", y, _scalar(m, product))
+    return None
+
+
+def simple_power(m: Match) -> Value | None:
+    """x ** 2, x ** 0.5, x ** -1 have operators of their own (differs at x = -inf for the root)."""
+    base, exponent = m.inputs
+    op = {2.0: "square", 0.5: "sqrt", -1.0: "reciprocal"}.get(uniform(exponent))
+    return m.emit(op, base) if op and base.type == m.type else None
+
+
+def idempotent(m: Match) -> Value | None:
+    """f(f(x)) is f(x)."""
+    (x,) = m.inputs
+    return x if x.node.op == m.op else None
+
+
+def even_function(m: Match) -> Value | None:
+    """f(-x) and f(abs(x)) are f(x)."""
+    (x,) = m.inputs
+    return m.emit(m.op, x.node.inputs[0], **m.attrs) if x.node.op in ("neg", "abs") else None
+
+
+def constant_condition(m: Match) -> Value | None:
+    """where(True, a, b) is a; where(False, a, b) is b."""
+    condition, a, b = m.inputs
+    value = uniform(condition)
+    if value is None:
+        return None
+    chosen = a if value else b
+    return chosen if chosen.type == m.type else m.emit("expand", chosen, shape=m.type.shape)
+
+
+def expand_later(m: Match) -> Value | None:
+    """f(expand(x), y) is f(x, y) where y broadcasts, else expand(f(x, y)): fewer elements.
+
+    For elementwise operators; random ones tell elements apart by their position."""
+    if not registry.get(m.op).elementwise or "stream" in m.attrs:
+        return None
+    if not any(v.node.op == "expand" for v in m.inputs):
+        return None
+    inputs = [v.node.inputs[0] if v.node.op == "expand" else v for v in m.inputs]
+    value = m.emit(m.op, *inputs, **m.attrs)
+    return value if value.type == m.type else m.emit("expand", value, shape=m.type.shape)
+
+
+# ---- shapes
+
+
+def identity(m: Match) -> Value | None:
+    """A reshape, expand, pad, slice, cast or concatenation that changes nothing."""
+    return m.inputs[0] if len(m.inputs) == 1 and m.inputs[0].type == m.type else None
+
+
+def reshape_of_reshape(m: Match) -> Value | None:
+    """Only the last of two reshapes matters."""
+    (x,) = m.inputs
+    return m.emit("reshape", x.node.inputs[0], **m.attrs) if x.node.op == "reshape" else None
+
+
+def expand_of_expand(m: Match) -> Value | None:
+    """Only the last of two expansions matters."""
+    (x,) = m.inputs
+    return m.emit("expand", x.node.inputs[0], **m.attrs) if x.node.op == "expand" else None
+
+
+def transpose_of_transpose(m: Match) -> Value | None:
+    """Two transposes are one, or none."""
+    (x,) = m.inputs
+    axes = m.attrs["axes"]
+    if axes == tuple(range(x.rank)):
+        return x
+    if x.node.op != "transpose":
+        return None
+    inner = x.node.attrs["axes"]
+    return m.emit("transpose", x.node.inputs[0], axes=tuple(inner[a] for a in axes))
+
+
+# ---- max pooling
+
+
+def relu_after_max_pool(m: Match) -> Value | None:
+    """max_pool(relu(x)) is relu(max_pool(x)), on fewer elements.
+
+    relu is non-decreasing, so it commutes with a maximum. The gradient is the same as well: where a
+    window's maximum is positive, x and relu(x) have it at the same places, so the same first one is
+    chosen. Where it is not, all of relu(x) is 0 and another element may be chosen, but relu's own
+    derivative is 0 there and nothing flows. (A window of padding alone, possible with dilation
+    only, would give relu(-inf): such pools are left.)
+    """
+    (x,) = m.inputs
+    if x.node.op != "relu" or (m.attrs["dilation"] != (1, 1) and any(map(any, m.attrs["padding"]))):
+        return None
+    relu = m.take(x)
+    return m.again(relu, m.again(m.node, relu.inputs[0])) if relu else None
+
+
+def bias_after_max_pool(m: Match) -> Value | None:
+    """max_pool(x + b) is max_pool(x) + b for a b that is constant over height and width.
+
+    Adding b and rounding is non-decreasing, so the results agree to the last bit. Elements that are
+    different in x can become equal when b is added: the gradient then goes to the larger of x, not
+    to the first, which is as good a subgradient.
+    """
+    (total,) = m.inputs
+    if total.node.op != "add":
+        return None
+    a, b = total.node.inputs
+    if a.type != total.type:
+        a, b = b, a
+    if a.type != total.type or any(d != 1 for d in b.shape[-2:]):
+        return None
+    add = m.take(total)
+    return m.again(add, m.again(m.node, a), b) if add else None
+
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "add": (neutral_operand, add_of_negative),
+    "sub": (neutral_operand, sub_of_negative, sub_from_zero),
+    "mul": (neutral_operand, minus_one, mul_of_mul),
+    "div": (neutral_operand, minus_one, div_by_power_of_two),
+    "pow": (neutral_operand, simple_power),
+    "neg": (neg_of_neg, neg_of_sub),
+    "relu": (idempotent,),
+    "abs": (idempotent, even_function),
+    "square": (even_function,),
+    "cos": (even_function,),
+    "where": (constant_condition,),
+    "cast": (identity,),
+    "expand": (identity, expand_of_expand),
+    "slice": (identity,),
+    "pad": (identity,),
+    "concat": (identity,),
+    "transpose": (transpose_of_transpose,),
+    "reshape": (identity, reshape_of_reshape),
+}
+
+POOL_RULES: dict[str, tuple[Rule, ...]] = {"max_pool2d": (relu_after_max_pool, bias_after_max_pool)}

@@ -1,0 +1,375 @@
+"""Fuse: group operators into regions that become one kernel each.
+
+A region is a set of nodes whose values stay in registers: elementwise chains, the epilogue of a
+convolution or a product, pooling over a convolution, reductions with what feeds them and what
+follows them. Each region becomes one node `fused` whose attribute `body` is the region as a graph.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from graphc.ir import SOURCES, Graph, Node, Value
+from graphc.ops.registry import get
+
+CONTRACTIONS = frozenset({"matmul", "conv2d", "conv2d_input_grad", "conv2d_weight_grad"})
+WINDOWS = frozenset({"max_pool2d", "max_pool2d_argmax", "avg_pool2d"})
+REDUCTIONS = frozenset({"sum", "max", "min", "prod", "argmax"})
+# Index maps: they cost nothing where they are read, so every reader gets its own copy.
+VIEWS = frozenset({"transpose", "expand", "squeeze", "unsqueeze", "slice"})
+# The largest chain of cheap operators that is computed twice rather than stored.
+DUPLICATE = 4
+UPDATE = "update"
+
+
+@dataclass(frozen=True)
+class Fuse:
+    """Group the nodes of a decomposed graph into `fused` nodes.
+
+    Precondition: shapes are bound and composite operators are decomposed. Postcondition: every node
+    is a source, a `reshape` (an alias of its operand) or `fused`. `enabled=False` puts each node by
+    itself. The reasons why neighbours were kept apart are in `graph.annotations["not_fused"]`.
+    """
+
+    enabled: bool = True
+    name = "fuse"
+
+    def run(self, graph: Graph) -> Graph:
+        return _Fuser(graph, self.enabled).run()
+
+
+def is_view(node: Node) -> bool:
+    """Whether a node only renames indices, so that its readers can read its operand instead."""
+    return node.op in VIEWS or (node.op == "reshape" and _only_ones_differ(node))
+
+
+def is_alias(node: Node) -> bool:
+    """Whether a node's value is its operand's memory under another shape."""
+    return node.op == "reshape" and not _only_ones_differ(node)
+
+
+def _only_ones_differ(node: Node) -> bool:
+    before = [d for d in node.inputs[0].shape if d != 1]
+    after = [d for d in node.types[0].shape if d != 1]
+    return before == after
+
+
+class _Fuser:
+    def __init__(self, graph: Graph, enabled: bool):
+        self.graph, self.enabled = graph, enabled
+        self.nodes = [n for n in graph.nodes if n.op not in SOURCES]
+        self.position = {n.name: i for i, n in enumerate(graph.nodes)}
+        self.group = {n.name: n.name for n in self.nodes}
+        self.members: dict[str, list[Node]] = {n.name: [n] for n in self.nodes}
+        self.users: dict[Value, list[Node]] = defaultdict(list)
+        for node in graph.nodes:
+            for value in dict.fromkeys(node.inputs):
+                self.users[value].append(node)
+        self.kept = set(graph.results)
+        self.reasons: dict[tuple[str, str], str] = {}
+
+    def run(self) -> Graph:
+        if self.enabled:
+            self.merge_siblings()
+            for node in self.nodes:
+                if not self.boundary(node):
+                    for value in node.inputs:
+                        self.try_merge(value.node, node)
+        result = self.build()
+        result.annotations["not_fused"] = dict(self.reasons)
+        return result
+
+    # ---- grouping
+
+    def boundary(self, node: Node) -> bool:
+        return node.op in SOURCES or is_alias(node) or is_view(node)
+
+    def merge_siblings(self) -> None:
+        """Reductions and windows of one operand with equal geometry share their loops."""
+        seen: dict[tuple, Node] = {}
+        for node in self.nodes:
+            if node.op in WINDOWS | REDUCTIONS and "argmax" not in (node.op,):
+                key = (node.inputs, tuple(sorted((k, repr(v)) for k, v in node.attrs.items())))
+                if key in seen and not self.path_outside(self.group[seen[key].name], self.group[node.name]):
+                    self.join(seen[key], node)
+                else:
+                    seen[key] = node
+
+    def try_merge(self, producer: Node, consumer: Node) -> None:
+        producer = self.through_views(producer)
+        if self.boundary(producer):
+            return
+        a, b = self.group[producer.name], self.group[consumer.name]
+        if a == b:
+            return
+        reason = self.refuse(a, b)
+        if reason:
+            self.reasons[producer.name, consumer.name] = reason
+        else:
+            self.join(producer, consumer)
+
+    def through_views(self, node: Node) -> Node:
+        while is_view(node):
+            node = node.inputs[0].node
+        return node
+
+    def join(self, first: Node, second: Node) -> None:
+        a, b = self.group[first.name], self.group[second.name]
+        if len(self.members[a]) < len(self.members[b]):
+            a, b = b, a
+        for node in self.members.pop(b):
+            self.group[node.name] = a
+            self.members[a].append(node)
+
+    def refuse(self, a: str, b: str) -> str:
+        """Why two groups cannot be one region, or "" if they can."""
+        nodes = sorted([*self.members[a], *self.members[b]], key=lambda n: self.position[n.name])
+        inside = {n.name for n in nodes}
+        phases = {n.origin.phase == UPDATE for n in nodes}
+        if len(phases) > 1:
+            return "the update runs after every use of the old value"
+        heavy = [n for n in nodes if n.op in CONTRACTIONS]
+        if len(heavy) > 1:
+            return "one kernel holds one contraction"
+        results = [v for n in nodes for v in n.outputs if self.leaves(v, inside)]
+        for node in nodes:
+            for value in node.inputs:
+                source = self.through_views(value.node)
+                if source.name not in inside:
+                    continue
+                if node.op in CONTRACTIONS:
+                    return f"each element of {source.name!r} is read many times by {node.name!r}"
+                if node.op in WINDOWS and (source.op not in CONTRACTIONS or not _disjoint(node)):
+                    return f"overlapping or stored windows of {source.name!r} would be computed again"
+                if node.op in REDUCTIONS and source.op in CONTRACTIONS | WINDOWS:
+                    return f"{node.name!r} reduces across the register tile of {source.name!r}"
+                if source.op in CONTRACTIONS and is_view(value.node):
+                    return f"{value.node.name!r} reorders the register tile of {source.name!r}"
+                if not (node.op in REDUCTIONS | WINDOWS | {"max_unpool2d"} or get(node.op).elementwise):
+                    return f"{node.name!r} ({node.op}) reads its operand from memory"
+                if node.op == "max_unpool2d" and not get(source.op).elementwise:
+                    return f"each element of {source.name!r} is read several times by {node.name!r}"
+        if not results:
+            return ""
+        reason = self.shapes_differ(nodes, results)
+        if reason:
+            return reason
+        if self.path_outside(a, b):
+            return "another kernel between them needs the one and feeds the other"
+        return ""
+
+    def shapes_differ(self, nodes: list[Node], results: list[Value]) -> str:
+        shapes = {v.shape for v in results}
+        ranks = {len(s) for s in shapes}
+        if len(ranks) > 1:
+            return f"results of different ranks {sorted(shapes)}"
+        outer = tuple(min(s[axis] for s in shapes) for axis in range(ranks.pop()))
+        widest = tuple(max(s[axis] for s in shapes) for axis in range(len(outer)))
+        if any(d != o and o != 1 for s in shapes for d, o in zip(s, outer, strict=True)):
+            return f"results of different shapes {sorted(shapes)}"
+        has_window = any(n.op in WINDOWS | CONTRACTIONS or n.op == "max_unpool2d" for n in nodes)
+        if outer != widest and has_window:
+            return f"results of different shapes {sorted(shapes)}"
+        if outer != widest and not any(n.op in REDUCTIONS for n in nodes):
+            return f"a broadcast value {list(outer)} is stored once, its readers run over {list(widest)}"
+        for node in nodes:
+            if node.op in REDUCTIONS:
+                # Reduced axes must not be outer loops: the reduction needs all of them in one iteration.
+                source, target = node.inputs[0].shape, node.types[0].shape
+                if len(source) == len(target) == len(outer):
+                    reduced = [i for i, (s, t) in enumerate(zip(source, target, strict=True)) if s != t]
+                    if any(outer[i] != 1 for i in reduced):
+                        return f"{node.name!r} reduces an axis that the other results run over"
+                elif target != outer and any(self.leaves(v, set()) or True for v in node.outputs) and len(results) > 1:
+                    return f"{node.name!r} drops axes that the other results have"
+        if any(n.op in REDUCTIONS for n in nodes) and any(n.op in CONTRACTIONS for n in nodes):
+            return "a reduction across a contraction's register tile"
+        for node in nodes:
+            size = node.types[0].shape
+            if get(node.op).elementwise and len(size) == len(outer):
+                if any(d != 1 and o != 1 and d != o for d, o in zip(size, outer, strict=True)):
+                    return f"{node.name!r} {node.types[0]} runs over other axes than {list(outer)}"
+        return ""
+
+    def leaves(self, value: Value, inside: set[str]) -> bool:
+        """Whether a value must be stored: an output, or read by a node outside the region."""
+        if value in self.kept:
+            return True
+        for user in self.users[value]:
+            if is_view(user):
+                if any(self.leaves(v, inside) for v in user.outputs):
+                    return True
+            elif user.name not in inside:
+                return True
+        return False
+
+    def path_outside(self, a: str, b: str) -> bool:
+        """Whether a path leaves the union of two groups and comes back: fusing would make a cycle."""
+        inside = {n.name for g in (a, b) for n in self.members[g]}
+        last = max(self.position[n] for n in inside)
+        group_last = {}
+        stack = [u for n in inside for v in self.graph.node(n).outputs for u in self.users[v] if u.name not in inside]
+        seen: set[str] = set()
+        while stack:
+            node = stack.pop()
+            if node.name in seen:
+                continue
+            seen.add(node.name)
+            fellows = self.members[self.group[node.name]] if node.name in self.group else [node]
+            for fellow in fellows:
+                for value in fellow.outputs:
+                    for user in self.users[value]:
+                        if user.name in inside:
+                            return True
+                        reach = group_last.setdefault(user.name, self.first_position(user))
+                        if user.name not in seen and reach <= last:
+                            stack.append(user)
+        return False
+
+    def first_position(self, node: Node) -> int:
+        fellows = self.members[self.group[node.name]] if node.name in self.group else [node]
+        return min(self.position[f.name] for f in fellows)
+
+    # ---- building the fused graph
+
+    def build(self) -> Graph:
+        order = self.group_order()
+        new = Graph(self.graph.name)
+        new.annotations = dict(self.graph.annotations)
+        mapping: dict[Value, Value] = {}
+        for item in order:
+            if isinstance(item, Node):
+                node = new.copy_node(item, tuple(mapping[v] for v in item.inputs))
+                mapping.update(zip(item.outputs, node.outputs, strict=True))
+            else:
+                self.emit_region(new, item, mapping)
+        new.outputs = {k: mapping[v] for k, v in self.graph.outputs.items()}
+        new.updates = {k: mapping[v] for k, v in self.graph.updates.items()}
+        return new
+
+    def emit_region(self, new: Graph, nodes: list[Node], mapping: dict[Value, Value]) -> None:
+        inside = {n.name for n in nodes}
+        results = [v for n in nodes for v in n.outputs if self.leaves(v, inside)]
+        body = Graph(nodes[0].name)
+        local: dict[Value, Value] = {}
+        operands: list[Value] = []
+
+        def local_value(value: Value) -> Value:
+            if value in local:
+                return local[value]
+            node = value.node
+            if node.op == "constant" and value.type.size == 1:
+                copy = body.copy_node(node, ())
+                local[value] = copy[0]
+            elif is_view(node) and node.name not in inside:
+                copy = body.copy_node(node, tuple(local_value(v) for v in node.inputs))
+                local.update(zip(node.outputs, copy.outputs, strict=True))
+            else:
+                local[value] = body.input(f"operand{len(operands)}", value.shape, value.dtype)
+                local[value].node.layouts = (value.layout,)
+                operands.append(value)
+            return local[value]
+
+        for node in nodes:
+            copy = body.copy_node(node, tuple(local_value(v) for v in node.inputs))
+            local.update(zip(node.outputs, copy.outputs, strict=True))
+        body.output(**{f"result{i}": local[v] for i, v in enumerate(results)})
+        lead = _lead(nodes)
+        with new.origin(lead.origin):
+            fused = new.add(
+                "fused",
+                [mapping[v] for v in operands],
+                {"body": body, "kind": lead.op},
+                name=lead.name,
+            )
+        for value, result in zip(results, fused.outputs, strict=True):
+            mapping[value] = result
+
+    def group_order(self) -> list[Node | list[Node]]:
+        """Sources, aliases and regions in an executable order (stable with respect to the original)."""
+        needed_views = {
+            n.name
+            for n in self.nodes
+            if is_view(n) and any(v in self.kept or self.read_as_memory(v) for v in n.outputs)
+        }
+        unit_of: dict[str, int] = {}
+        units: list[Node | list[Node]] = []
+        for node in self.graph.nodes:
+            if node.op in SOURCES or is_alias(node):
+                unit_of[node.name] = len(units)
+                units.append(node)
+            elif is_view(node):
+                if node.name in needed_views:
+                    unit_of[node.name] = len(units)
+                    units.append([node])
+            elif self.members[self.group[node.name]][0] is node or self.group[node.name] not in unit_of:
+                unit_of.setdefault(self.group[node.name], len(units))
+                if unit_of[self.group[node.name]] == len(units):
+                    units.append(sorted(self.members[self.group[node.name]], key=lambda n: self.position[n.name]))
+        for node in self.nodes:
+            if not is_view(node) and not is_alias(node):
+                unit_of[node.name] = unit_of[self.group[node.name]]
+        return self.sorted_units(units, unit_of)
+
+    def read_as_memory(self, value: Value) -> bool:
+        return any(is_alias(u) for u in self.users[value])
+
+    def sorted_units(self, units, unit_of) -> list:
+        import heapq
+
+        def producers(node: Node) -> list[Node]:
+            found = []
+            for v in node.inputs:
+                source = v.node
+                while is_view(source) and source.name not in unit_of:
+                    source = source.inputs[0].node
+                found.append(source)
+            return found
+
+        after: list[set[int]] = [set() for _ in units]
+        waiting = [0] * len(units)
+        for number, unit in enumerate(units):
+            needs = {
+                unit_of[p.name]
+                for node in (unit if isinstance(unit, list) else [unit])
+                for p in producers(node)
+                if unit_of[p.name] != number
+            }
+            waiting[number] = len(needs)
+            for need in needs:
+                after[need].add(number)
+        ready = [i for i, w in enumerate(waiting) if w == 0]
+        heapq.heapify(ready)
+        result = []
+        while ready:
+            number = heapq.heappop(ready)
+            result.append(units[number])
+            for follower in after[number]:
+                waiting[follower] -= 1
+                if waiting[follower] == 0:
+                    heapq.heappush(ready, follower)
+        assert len(result) == len(units), "fusion made a cycle"
+        return result
+
+
+def _disjoint(node: Node) -> bool:
+    """Windows that touch every input element at most once and need no padding."""
+    attrs = node.attrs
+    return (
+        tuple(attrs["stride"]) == tuple(attrs["kernel"])
+        and not any(p for pair in attrs["padding"] for p in (pair if isinstance(pair, tuple) else (pair,)))
+        and all(d == 1 for d in attrs.get("dilation", (1, 1)))
+    )
+
+
+def _lead(nodes: list[Node]) -> Node:
+    """The node a region is called after: its contraction, window, reduction, else its last."""
+    for kinds in (CONTRACTIONS, WINDOWS, REDUCTIONS):
+        for node in nodes:
+            if node.op in kinds:
+                return node
+    return nodes[-1]
+
+
+__all__ = ["Fuse", "is_alias", "is_view"]

@@ -1,0 +1,182 @@
+"""Which values occupy an arena, which share storage, and from when to when each lives.
+
+Sources (inputs, parameters, states, constants) live outside the arena for as long as the executable
+does. Every other value has a storage of its own, unless it is a view or is computed in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from graphc.ir import SOURCES, Graph, Node, Value
+
+ALIGNMENT = 64
+# Operators that only rename the axes of row-major data: their result is their operand's memory.
+VIEWS = ("reshape",)
+
+SizeOf = Callable[[Value], int]
+
+
+def storage_bytes(value: Value) -> int:
+    """Bytes a value occupies in its layout, padded lanes included, rounded up to the alignment."""
+    size = value.type.itemsize
+    for d in value.layout.physical_shape(value.shape):  # type: ignore[arg-type]
+        size *= d
+    return aligned(size)
+
+
+def aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def is_view(node: Node) -> bool:
+    """Whether the node's result is its operand's memory under another shape."""
+    return node.op in VIEWS
+
+
+def root(value: Value) -> Value:
+    """The value whose memory `value` is, looking through views."""
+    while is_view(value.node):
+        value = value.node.inputs[0]
+    return value
+
+
+@dataclass
+class Storage:
+    """One piece of arena memory: `values` live in it one after another or as views of each other.
+
+    `first` and `last` are positions in the execution order, both inclusive: the storage is written
+    at `first` and read up to `last`, so two storages may share bytes only if these ranges are
+    disjoint.
+    """
+
+    name: str
+    size: int
+    first: int
+    last: int
+    values: list[Value] = field(default_factory=list)
+
+
+def storages(
+    graph: Graph,
+    size_of: SizeOf = storage_bytes,
+    *,
+    outputs_live: bool = True,
+    updates_in_place: bool = False,
+) -> list[Storage]:
+    """The arena storages of a graph in its execution order, in order of their first position.
+
+    A node's attribute `inplace`, ((output number, operand slot), ...), allows that output to
+    overwrite that operand: it does where the operand dies there and both have the same size. A
+    node's attribute `workspace_bytes` is a storage that lives at its position alone.
+    outputs_live: outputs and updates stay readable until the end of the step (else until the last
+    node that reads them: the caller copies them out as they are made).
+    updates_in_place: leave out updates that can be computed straight into the parameter or state
+    they update (`updated_in_place`).
+    """
+    nodes = graph.nodes
+    elsewhere = set(updated_in_place(graph).values()) if updates_in_place else set()
+    pinned = {root(v) for v in graph.results} if outputs_live else set()
+    last_use = _last_uses(nodes)
+    owner: dict[Value, Storage] = {}
+    result: list[Storage] = []
+    for position, node in enumerate(nodes):
+        if node.op in SOURCES or is_view(node):
+            continue
+        for value in node.outputs:
+            if value in elsewhere:
+                continue
+            last = len(nodes) if value in pinned else last_use.get(value, position)
+            size = size_of(value)
+            storage = _overwritten(node, value, size, position, owner)
+            if storage is None:
+                storage = Storage(value.name, size, position, last)
+                result.append(storage)
+            storage.last = max(last, position)
+            storage.values.append(value)
+            owner[value] = storage
+        workspace = node.attrs.get("workspace_bytes", 0)
+        if workspace:
+            name = f"{node.name}.workspace"
+            result.append(Storage(name, aligned(workspace), position, position))
+    return result
+
+
+def _last_uses(nodes: list[Node]) -> dict[Value, int]:
+    """Position of the last reader of each storage root; views read nothing themselves."""
+    last: dict[Value, int] = {}
+    for position, node in enumerate(nodes):
+        if not is_view(node):
+            for value in node.inputs:
+                last[root(value)] = position
+    return last
+
+
+def _overwritten(
+    node: Node, value: Value, size: int, position: int, owner: dict[Value, Storage]
+) -> Storage | None:
+    """The storage of an operand that this output may take over."""
+    allowed = {slot for output, slot in node.attrs.get("inplace", ()) if output == value.index}
+    roots = [root(v) for v in node.inputs]
+    for slot in sorted(allowed):
+        storage = owner.get(roots[slot])
+        if storage is None or storage.size != size or storage.last != position:
+            continue
+        # An earlier output of this node may have taken it, or another slot may read it in another
+        # way.
+        if any(v.node is node for v in storage.values):
+            continue
+        if all(owner.get(r) is not storage or s in allowed for s, r in enumerate(roots)):
+            return storage
+    return None
+
+
+def updated_in_place(graph: Graph) -> dict[str, Value]:
+    """Updates that may be written straight into the parameter or state they update, by its name.
+
+    Holds where nothing reads the old contents after the node that computes the new ones, and that
+    node itself reads them either not at all or in slots that its attribute `inplace` pairs with the
+    output.
+    """
+    position = {node.name: i for i, node in enumerate(graph.nodes)}
+    readers: dict[Value, list[tuple[Node, int]]] = {}
+    for node in graph:
+        if not is_view(node):
+            for slot, value in enumerate(node.inputs):
+                readers.setdefault(root(value), []).append((node, slot))
+    results = {root(v) for v in graph.results}
+    taken: dict[str, Value] = {}
+    used: set[Value] = set()
+    for name, value in graph.updates.items():
+        old, node = graph.node(name)[0], value.node
+        if node.op in SOURCES or is_view(node) or old in results or value in used:
+            continue
+        if value.layout != old.layout:
+            continue
+        allowed = {slot for output, slot in node.attrs.get("inplace", ()) if output == value.index}
+        if all(
+            position[reader.name] < position[node.name] or (reader is node and slot in allowed)
+            for reader, slot in readers.get(old, ())
+        ):
+            taken[name] = value
+            used.add(value)
+    return taken
+
+
+def live_bytes(storage: list[Storage], positions: int) -> list[int]:
+    """Bytes live at each of `positions` positions, and once more after the last."""
+    change = [0] * (positions + 2)
+    for s in storage:
+        change[s.first] += s.size
+        change[s.last + 1] -= s.size
+    total, result = 0, []
+    for delta in change[: positions + 1]:
+        total += delta
+        result.append(total)
+    return result
+
+
+def peak_bytes(storage: list[Storage], positions: int) -> int:
+    """Bytes of the largest set of storages that live at the same time."""
+    return max(live_bytes(storage, positions), default=0)

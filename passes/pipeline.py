@@ -1,0 +1,38 @@
+"""The order of the passes, as data.
+
+`gc.compile` binds dimensions, resolves the mode, and runs FORWARD on the declared graph; then it
+differentiates and lets the optimizer add its updates, and runs BACKWARD on the joint graph.
+"""
+
+from __future__ import annotations
+
+from passes.base import Pipeline
+from passes.canonicalize import Canonicalize
+from passes.decompose import Decompose
+from passes.eliminate_common import EliminateCommon
+from passes.eliminate_dead import EliminateDead
+from passes.fold_constants import FoldConstants
+from passes.plan_memory import PlanMemory
+from passes.schedule import Schedule
+
+FORWARD = Pipeline(
+    (
+        Canonicalize(),
+        FoldConstants(),
+        EliminateCommon(),
+        EliminateDead(),
+    )
+)
+BACKWARD = Pipeline(
+    (
+        Decompose(),
+        Canonicalize(drop_stop_gradient=True),
+        FoldConstants(),
+        # Folding leaves new zeros and ones.
+        Canonicalize(drop_stop_gradient=True),
+        EliminateCommon(),
+        EliminateDead(),
+    )
+)
+# After fusion and the choice of layouts, which change sizes and lifetimes.
+MEMORY = Pipeline((Schedule(updates_in_place=True), PlanMemory(updates_in_place=True)))

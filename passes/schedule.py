@@ -1,0 +1,142 @@
+"""Order the nodes so that little memory is live at once."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+from graphc.ir import SOURCES, Graph, Node, Value
+from passes.base import Pass, note
+from passes.liveness import SizeOf, is_view, peak_bytes, root, storage_bytes, storages
+
+
+@dataclass(frozen=True)
+class Schedule(Pass):
+    """Reorder nodes for a low peak of live bytes, or keep the order where that is no worse.
+
+    Requires: int dimensions; layouts assigned and fusion done, as both change sizes and lifetimes.
+    Ensures: the same nodes in an order that respects operands. Greedy list scheduling: of the nodes
+    that are ready, take the one that adds least to the live bytes (frees most); ties go to the
+    original order, so the result is deterministic. O(L log L).
+    With `updates_in_place`, a node that computes the last value of a parameter comes after the
+    parameter's readers, so that the update needs no copy.
+    Notes both peaks, and leaves them in annotations["peak_bytes"] = (before, after).
+    """
+
+    size_of: SizeOf = storage_bytes
+    outputs_live: bool = True
+    updates_in_place: bool = False
+
+    def run(self, graph: Graph) -> Graph:
+        candidate = _reordered(graph, self._order(graph))
+        before, after = self._peak(graph), self._peak(candidate)
+        new = candidate if after < before else graph.copy()
+        chosen = min(before, after)
+        note(new, f"peak of live bytes {before} -> {chosen}")
+        new.annotations["peak_bytes"] = (before, chosen)
+        return new
+
+    def _peak(self, graph: Graph) -> int:
+        pieces = storages(
+            graph,
+            self.size_of,
+            outputs_live=self.outputs_live,
+            updates_in_place=self.updates_in_place,
+        )
+        return peak_bytes(pieces, len(graph))
+
+    def _order(self, graph: Graph) -> list[Node]:
+        nodes = graph.nodes
+        position = {node.name: i for i, node in enumerate(nodes)}
+        operands = [
+            () if is_view(node) else tuple(dict.fromkeys(root(v) for v in node.inputs))
+            for node in nodes
+        ]
+        readers: dict[Value, list[int]] = {}
+        for i, values in enumerate(operands):
+            for value in values:
+                readers.setdefault(value, []).append(i)
+        pending = {value: len(indices) for value, indices in readers.items()}
+        pinned = {root(v) for v in graph.results} if self.outputs_live else set()
+        made = [
+            0 if node.op in SOURCES or is_view(node) else sum(self.size_of(v) for v in node.outputs)
+            for node in nodes
+        ]
+        sizes = {v: 0 if v.node.op in SOURCES or v in pinned else self.size_of(v) for v in pending}
+
+        def added(i: int) -> int:
+            return made[i] - sum(sizes[v] for v in operands[i] if pending[v] == 1)
+
+        successors, waiting = self._edges(graph, nodes, position)
+        ready = [(added(i), i) for i in range(len(nodes)) if not waiting[i]]
+        heapq.heapify(ready)
+        done = [False] * len(nodes)
+        order: list[Node] = []
+        while ready:
+            _, i = heapq.heappop(ready)
+            if done[i]:
+                continue
+            done[i] = True
+            order.append(nodes[i])
+            for value in operands[i]:
+                pending[value] -= 1
+                if pending[value] == 1:
+                    # The one reader left now frees the value: if it is ready, it moves up. The
+                    # stale entry stays in the heap and is skipped.
+                    for j in readers[value]:
+                        if not done[j] and not waiting[j]:
+                            heapq.heappush(ready, (added(j), j))
+            for j in successors[i]:
+                waiting[j] -= 1
+                if not waiting[j]:
+                    heapq.heappush(ready, (added(j), j))
+        return order
+
+    def _edges(
+        self, graph: Graph, nodes: list[Node], position: dict[str, int]
+    ) -> tuple[list[list[int]], list[int]]:
+        """For each node, those that wait for it, and how many it waits for."""
+        successors: list[list[int]] = [[] for _ in nodes]
+        waiting = [0] * len(nodes)
+
+        def edge(a: int, b: int) -> None:
+            successors[a].append(b)
+            waiting[b] += 1
+
+        for i, node in enumerate(nodes):
+            for producer in dict.fromkeys(position[v.node.name] for v in node.inputs):
+                edge(producer, i)
+        if self.updates_in_place:
+            for name, value in graph.updates.items():
+                node = value.node
+                # Only a node that nothing waits for: more edges into it can never close a cycle.
+                if graph.nx.out_degree(node.name) == 0 and node.op not in SOURCES:
+                    for reader in _readers(graph, graph.node(name)[0]):
+                        if reader is not node:
+                            edge(position[reader.name], position[node.name])
+        return successors, waiting
+
+
+def _readers(graph: Graph, value: Value) -> list[Node]:
+    """Nodes that read a value, directly or through views, each once."""
+    found: dict[str, Node] = {}
+    stack = [value]
+    while stack:
+        for node, _ in graph.users(stack.pop()):
+            if is_view(node):
+                stack.append(node[0])
+            else:
+                found[node.name] = node
+    return list(found.values())
+
+
+def _reordered(graph: Graph, order: list[Node]) -> Graph:
+    new = Graph(graph.name)
+    new.annotations = dict(graph.annotations)
+    mapping: dict[Value, Value] = {}
+    for node in order:
+        copy = new.copy_node(node, tuple(mapping[v] for v in node.inputs))
+        mapping.update(zip(node.outputs, copy.outputs, strict=True))
+    new.outputs = {k: mapping[v] for k, v in graph.outputs.items()}
+    new.updates = {k: mapping[v] for k, v in graph.updates.items()}
+    return new

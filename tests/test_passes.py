@@ -1,0 +1,451 @@
+"""Passes keep what a graph computes; each rewrite does what it says; pipelines are data."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_graphs import SHAPES, arrays, build, recipes, split
+
+from graphc import errors, ops
+from graphc.interpreter import interpret
+from graphc.ir import Graph, Origin
+from graphc.ops import registry
+from passes.autodiff import Autodiff
+from passes.base import InvalidGraphError, Pass, Pipeline, note, verify_graph
+from passes.canonicalize import Canonicalize
+from passes.decompose import Decompose
+from passes.eliminate_common import EliminateCommon
+from passes.eliminate_dead import EliminateDead
+from passes.fold_constants import FoldConstants
+from passes.pipeline import BACKWARD, FORWARD, MEMORY
+from passes.plan_memory import PlanMemory
+from passes.schedule import Schedule
+from passes.set_mode import SetMode
+
+PASSES = {
+    step.name: step
+    for step in (
+        Canonicalize(drop_stop_gradient=True),
+        FoldConstants(),
+        EliminateCommon(),
+        EliminateDead(),
+        Decompose(),
+        SetMode(training=False),
+        Schedule(),
+        PlanMemory(),
+    )
+}
+
+
+def assert_same_results(before: Graph, after: Graph, data, rtol=1e-10) -> None:
+    expected = interpret(before, *split(data), dtype="float64")
+    actual = interpret(after, *split(data), dtype="float64")
+    assert list(actual.outputs) == list(expected.outputs)
+    for name, array in expected.outputs.items():
+        np.testing.assert_allclose(actual.outputs[name], array, rtol=rtol, atol=1e-12)
+        assert after.outputs[name].type == before.outputs[name].type
+
+
+@pytest.mark.parametrize("name", PASSES)
+@settings(max_examples=25, deadline=None)
+@given(recipe=recipes(), seed=st.integers(0, 99))
+def test_every_pass_keeps_the_results(name, recipe, seed):
+    graph = Autodiff("loss", tuple(SHAPES)).run(build(recipe))
+    text = str(graph)
+    after, _ = Pipeline((PASSES[name],)).run(graph, verify=True)
+    assert str(graph) == text, "a pass changed its input"
+    assert_same_results(graph, after, arrays(seed))
+
+
+@settings(max_examples=50, deadline=None)
+@given(recipe=recipes(), seed=st.integers(0, 99))
+def test_the_pipelines_keep_the_results(recipe, seed):
+    graph = build(recipe)
+    before = Autodiff("loss", tuple(SHAPES)).run(graph)
+    declared, _ = (Pipeline((SetMode(True),)) + FORWARD.with_options("eliminate_dead", keep_inputs=True)).run(graph, verify=True)
+    if "w" in declared:
+        after, _ = Pipeline((Autodiff("loss", tuple(SHAPES)), *BACKWARD, *MEMORY)).run(
+            declared, verify=True
+        )
+        assert_same_results(before, after, arrays(seed), rtol=1e-8)
+        assert all(
+            node.inputs == () or registry.get(node.op).decompose is None for node in after
+        )
+
+
+@settings(max_examples=25, deadline=None)
+@given(recipe=recipes())
+def test_simplification_is_idempotent_and_deterministic(recipe):
+    graph = Autodiff("loss", tuple(SHAPES)).run(build(recipe))
+    once, _ = BACKWARD.run(graph, verify=True)
+    again, _ = BACKWARD.run(graph, verify=True)
+    assert str(once) == str(again)
+    assert once.fingerprint() == again.fingerprint()
+    twice, _ = BACKWARD.run(once, verify=True)
+    assert len(twice) == len(once)
+
+
+# ---- canonicalize
+
+
+def compute(graph: Graph) -> list[str]:
+    """The operators of a graph without its sources."""
+    return [node.op for node in graph if node.inputs]
+
+
+def one(function, shape=(2, 3), **kwargs) -> Graph:
+    graph = Graph("rule")
+    graph.output(y=function(graph.input("x", shape, **kwargs)))
+    return graph
+
+
+RULES = {
+    "add zero": (lambda x: ops.add(x, 0.0), []),
+    "zero plus": (lambda x: ops.add(np.zeros((2, 3)), x), []),
+    "subtract zero": (lambda x: ops.sub(x, 0.0), []),
+    "from zero": (lambda x: ops.sub(0.0, x), ["neg"]),
+    "times one": (lambda x: ops.mul(x, 1.0), []),
+    "over one": (lambda x: ops.div(x, 1.0), []),
+    "one over": (lambda x: ops.div(1.0, x), ["div"]),
+    "times minus one": (lambda x: ops.mul(-1.0, x), ["neg"]),
+    "double negation": (lambda x: ops.neg(ops.neg(x)), []),
+    "negations": (lambda x: ops.neg(ops.neg(ops.neg(ops.neg(ops.neg(x))))), ["neg"]),
+    "add negative": (lambda x: ops.add(ops.exp(x), ops.neg(x)), ["exp", "sub"]),
+    "negative plus": (lambda x: ops.add(ops.neg(x), ops.exp(x)), ["exp", "sub"]),
+    "subtract negative": (lambda x: ops.sub(ops.exp(x), ops.neg(x)), ["exp", "add"]),
+    "negative difference": (lambda x: ops.neg(ops.sub(x, ops.exp(x))), ["exp", "sub"]),
+    "divide by 8": (lambda x: ops.div(x, 8.0), ["mul"]),
+    "divide by 3": (lambda x: ops.div(x, 3.0), ["div"]),
+    "scales": (lambda x: ops.mul(ops.mul(x, 0.25), 3.0), ["mul"]),
+    "inexact scales": (lambda x: ops.mul(ops.mul(x, 0.3), 3.0), ["mul", "mul"]),
+    "square": (lambda x: ops.pow(x, 2.0), ["square"]),
+    "root": (lambda x: ops.pow(x, 0.5), ["sqrt"]),
+    "first power": (lambda x: ops.pow(x, 1.0), []),
+    "cube": (lambda x: ops.pow(x, 3.0), ["pow"]),
+    "relu twice": (lambda x: ops.relu(ops.relu(x)), ["relu"]),
+    "even": (lambda x: ops.square(ops.neg(x)), ["square"]),
+    "where true": (lambda x: ops.where(x.graph.constant(True), x, ops.exp(x)), []),
+    "where false": (lambda x: ops.where(x.graph.constant(False), x, ops.exp(x)), ["exp"]),
+    "cast": (lambda x: ops.cast(x, "float32"), []),
+    "cast away": (lambda x: ops.cast(x, "float64"), ["cast"]),
+    "reshape": (lambda x: ops.reshape(x, (2, 3)), []),
+    "reshapes": (lambda x: ops.reshape(ops.reshape(x, (6,)), (3, 2)), ["reshape"]),
+    "reshape back": (lambda x: ops.reshape(ops.reshape(x, (6,)), (2, 3)), []),
+    "transposes": (lambda x: ops.transpose(ops.transpose(x)), []),
+    "turns": (
+        lambda x: ops.transpose(ops.transpose(ops.reshape(x, (1, 2, 3)), (1, 2, 0)), (1, 2, 0)),
+        ["reshape", "transpose"],
+    ),
+    "expand": (lambda x: ops.expand(x, (2, 3)), []),
+    "expands": (lambda x: ops.expand(ops.expand(x, (4, 2, 3)), (5, 4, 2, 3)), ["expand"]),
+    "whole slice": (lambda x: ops.slice(x, [0, 0], [2, 3]), []),
+    "part": (lambda x: ops.slice(x, [0, 1], [2, 3]), ["slice"]),
+    "no padding": (lambda x: ops.pad(x, ((0, 0), (0, 0))), []),
+    "concat of one": (lambda x: ops.concat([x], 0), []),
+    "expanded operand": (
+        lambda x: ops.mul(ops.expand(ops.sum(x), (2, 3)), x),
+        ["sum", "mul"],
+    ),
+    "expanded operands": (
+        lambda x: ops.neg(ops.mul(ops.expand(ops.sum(x), (2, 3)), 3.0)),
+        ["sum", "mul", "neg", "expand"],
+    ),
+    "stop gradient": (lambda x: ops.stop_gradient(x), []),
+    "widening zero": (lambda x: ops.add(x, np.zeros((4, 1, 1))), ["add"]),
+}
+
+
+@pytest.mark.parametrize("case", RULES)
+def test_rule(case):
+    function, expected = RULES[case]
+    graph = one(function)
+    after, (record,) = Pipeline((Canonicalize(drop_stop_gradient=True),)).run(graph, verify=True)
+    assert compute(after) == expected
+    assert bool(record.notes) == (compute(graph) != expected)
+    data = {"x": np.array([[0.5, 1.5, 2.0], [3.0, 0.25, 7.0]])}
+    np.testing.assert_array_equal(
+        interpret(after, data).outputs["y"], interpret(graph, data).outputs["y"]
+    )
+
+
+def convolution_block(bias=True):
+    graph = Graph("block")
+    x = graph.input("x", (2, 3, 9, 8))
+    w = graph.parameter("w", (4, 3, 3, 3))
+    b = graph.parameter("b", (4,)) if bias else None
+    h = ops.max_pool2d(ops.relu(ops.conv2d(x, w, b, padding=1, name="conv")), 3, 2, padding=1, name="pool")
+    graph.output(loss=ops.sum(ops.mul(h, ops.sin(h))))
+    return graph
+
+
+def test_relu_and_bias_move_behind_the_pool_and_gradients_stay():
+    graph = convolution_block()
+    after, _ = Pipeline((Canonicalize(),)).run(graph, verify=True)
+    order = compute(after)
+    assert order.index("conv2d") < order.index("max_pool2d") < order.index("add") < order.index("relu")
+    kept, _ = Pipeline((Canonicalize(move_pools=False),)).run(graph, verify=True)
+    assert compute(kept) == compute(graph)
+    rng = np.random.default_rng(0)
+    # Few distinct values: windows are full of ties, at zero and elsewhere.
+    data = {"x": rng.integers(-1, 2, (2, 3, 9, 8))}
+    state = {"w": rng.integers(-1, 2, (4, 3, 3, 3)), "b": rng.integers(-2, 2, 4)}
+    names = ("x", "w", "b")
+    results = [
+        interpret(Autodiff("loss", names).run(g), data, state, dtype="float64").outputs
+        for g in (graph, after)
+    ]
+    for name, array in results[0].items():
+        np.testing.assert_allclose(results[1][name], array, rtol=1e-12, atol=1e-12)
+
+
+def test_pool_rules_leave_shared_values_alone():
+    graph = Graph("shared")
+    x = graph.input("x", (1, 1, 4, 4))
+    r = ops.relu(x)
+    graph.output(y=ops.max_pool2d(r, 2), r=r)
+    assert compute(Canonicalize().run(graph)) == ["relu", "max_pool2d"]
+    graph = Graph("padding")
+    x = graph.input("x", (1, 1, 2, 9))
+    graph.output(y=ops.max_pool2d(ops.relu(x), 2, 1, padding=1, dilation=3))
+    assert compute(Canonicalize().run(graph)) == ["relu", "max_pool2d"]
+
+
+def test_pool_rule_leaves_a_bias_that_varies_over_the_image():
+    graph = Graph("image bias")
+    x, b = graph.input("x", (1, 1, 4, 4)), graph.input("b", (1, 4))
+    graph.output(y=ops.max_pool2d(ops.add(x, b), 2))
+    assert compute(Canonicalize().run(graph)) == ["add", "max_pool2d"]
+
+
+# ---- constants, common and dead nodes
+
+
+def test_constants_fold_but_never_grow():
+    graph = Graph("fold")
+    x = graph.input("x", (64, 64))
+    small = ops.exp(ops.mul(graph.constant([1.0, 2.0]), 3.0))
+    large = ops.exp(ops.expand(graph.constant(1.0), (64, 64)))
+    graph.output(small=small, large=ops.mul(x, large))
+    after, _ = Pipeline((FoldConstants(), EliminateDead())).run(graph, verify=True)
+    assert compute(after) == ["expand", "exp", "mul"]
+    np.testing.assert_allclose(
+        after.outputs["small"].node.attrs["value"], np.exp([3.0, 6.0]), rtol=1e-6
+    )
+
+
+def test_common_nodes_merge_and_different_ones_do_not():
+    graph = Graph("common")
+    x, y = graph.input("x", (3,)), graph.input("y", (3,))
+    a = ops.add(ops.mul(x, y), 1.0)
+    b = ops.add(ops.mul(y, x), graph.constant(1.0))
+    graph.output(z=ops.sub(a, b), minus=ops.div(ops.mul(x, 0.0), -0.0), plus=ops.div(x, 0.0))
+    after, _ = Pipeline((EliminateCommon(), EliminateDead())).run(graph, verify=True)
+    assert compute(after) == ["mul", "add", "sub", "mul", "div", "div"]
+    assert sum(node.op == "constant" for node in after) == 3  # 1.0, 0.0 and -0.0
+
+
+def test_random_streams_are_not_merged():
+    graph = Graph("random")
+    step = graph.input("step", (), dtype="int32")
+    draws = [ops.random_uniform(step, shape=(4,), seed=1, stream=s) for s in (0, 1, 1)]
+    graph.output(y=ops.concat(draws, 0))
+    assert compute(EliminateCommon().run(graph)).count("random_uniform") == 2
+
+
+def test_dead_nodes_go_and_updated_parameters_stay():
+    graph = Graph("dead")
+    x, unused = graph.input("x", (3,)), graph.input("unused", (3,))
+    graph.parameter("p", (3,))
+    ops.exp(unused)
+    graph.update("p", ops.tanh(x))
+    after, _ = Pipeline((EliminateDead(),)).run(graph, verify=True)
+    assert [n.name for n in after] == ["x", "p", "tanh"]
+    kept = EliminateDead(keep_inputs=True).run(graph)
+    assert list(kept.inputs) == ["x", "unused"]
+
+
+# ---- mode and decomposition
+
+
+def network_with_modes():
+    graph = Graph("modes")
+    x = graph.input("x", (4, 3, 2, 2))
+    weight, bias = graph.parameter("weight", (3,)), graph.parameter("bias", (3,))
+    mean, var = graph.state("mean", (3,)), graph.state("var", (3,))
+    h = ops.batch_norm(x, weight, bias, mean, var)
+    y, new_mean, new_var = h.node.outputs
+    if "mean" not in graph.updates:
+        graph.update("mean", new_mean)
+        graph.update("var", new_var)
+    graph.output(y=ops.dropout(y, 0.5))
+    return graph
+
+
+STATE = {
+    "weight": np.ones(3),
+    "bias": np.zeros(3),
+    "mean": np.array([0.5, -1.0, 2.0]),
+    "var": np.array([1.0, 4.0, 0.25]),
+    "dropout.step": np.array(0),
+}
+
+
+def test_inference_mode_drops_dropout_and_updates():
+    graph = network_with_modes()
+    after, _ = Pipeline((SetMode(training=False), EliminateDead())).run(graph, verify=True)
+    assert after.updates == {}
+    assert "dropout" not in compute(after)
+    assert "dropout.step" not in after
+    x = np.random.default_rng(0).standard_normal((4, 3, 2, 2))
+    y = interpret(after, {"x": x}, STATE, dtype="float64").outputs["y"]
+    expected = (x - STATE["mean"][:, None, None]) / np.sqrt(STATE["var"] + 1e-5)[:, None, None]
+    np.testing.assert_allclose(y, expected, rtol=1e-7)
+
+
+def test_training_mode_sets_seed_and_keeps_updates():
+    after = SetMode(training=True, seed=7).run(network_with_modes())
+    assert set(after.updates) == {"mean", "var", "dropout.step"}
+    (node,) = (n for n in after if n.op == "dropout")
+    assert node.attrs["training"] is True and node.attrs["seed"] == 7
+    decomposed, _ = Pipeline((Decompose(),)).run(after, verify=True)
+    x = np.random.default_rng(0).standard_normal((4, 3, 2, 2))
+    a, b = (interpret(g, {"x": x}, STATE, dtype="float64") for g in (after, decomposed))
+    for name in ("mean", "var", "dropout.step"):
+        np.testing.assert_allclose(a.updates[name], b.updates[name], rtol=1e-7)
+    np.testing.assert_allclose(a.outputs["y"], b.outputs["y"], rtol=1e-6, atol=1e-9)
+
+
+def test_explicit_modes_stay():
+    graph = Graph("frozen")
+    x = graph.input("x", (4, 3))
+    with_mode = registry.apply(
+        "batch_norm",
+        x,
+        graph.parameter("w", (3,)),
+        graph.parameter("b", (3,)),
+        graph.state("mean", (3,)),
+        graph.state("var", (3,)),
+        training=False,
+        momentum=0.1,
+        eps=1e-5,
+    )
+    graph.output(y=with_mode[0])
+    graph.update("mean", with_mode[1])
+    after = SetMode(training=True).run(graph)
+    assert after.node("batch_norm").attrs["training"] is False
+    assert after.updates == {}
+
+
+def test_decompose_leaves_only_operators_that_lower():
+    graph = Graph("parts")
+    x = graph.input("x", (4, 5))
+    label = graph.input("label", (4,), dtype="int32")
+    graph.output(loss=ops.softmax_cross_entropy(ops.log_softmax(ops.mean(x, 0, True) + x), label))
+    after, _ = Pipeline((Decompose(),)).run(graph, verify=True)
+    assert all(registry.get(op).lower is not None for op in compute(after))
+
+
+# ---- the pass machinery
+
+
+class Broken(Pass):
+    """Returns a graph with a defect of the given kind."""
+
+    def __init__(self, defect):
+        self.defect = defect
+
+    def run(self, graph):
+        new = graph.copy()
+        node = new.node("tanh")
+        if self.defect == "type":
+            node.types = (new.node("sum").types[0],)
+        elif self.defect == "edge":
+            new.nx.remove_edge("x", "tanh")
+        elif self.defect == "order":
+            node.inputs = new.node("sum").outputs
+        elif self.defect == "origin":
+            node.origin = Origin("elsewhere")
+        elif self.defect == "foreign":
+            node.inputs = graph.node("x").outputs
+        elif self.defect == "layouts":
+            node.layouts = ()
+        elif self.defect == "output":
+            new.outputs["y"] = graph.node("sum")[0]
+        elif self.defect == "update":
+            new.updates["x"] = new.node("x")[0]
+        return new
+
+
+@pytest.mark.parametrize(
+    "defect, message",
+    [
+        ("type", r"tanh \(tanh, test_passes.py:\d+\): its type rule gives"),
+        ("edge", "its edges .* differ"),
+        ("order", "used before it is defined"),
+        ("origin", "has the origin"),
+        ("foreign", "belongs to another graph"),
+        ("layouts", "0 layouts for 1 outputs"),
+        ("output", "output 'y': 'sum' is not in the graph"),
+        ("update", "no such parameter or state"),
+    ],
+)
+def test_a_pass_that_breaks_the_graph_is_named(defect, message):
+    graph = one(lambda x: ops.sum(ops.tanh(x)))
+    with pytest.raises(InvalidGraphError, match=f"^after pass broken: .*{message}"):
+        Pipeline((Broken(defect),)).run(graph, verify=True)
+    Pipeline((Broken("none"),)).run(graph, verify=True)
+
+
+def test_verification_is_asked_for_by_the_environment(monkeypatch):
+    graph = one(lambda x: ops.sum(ops.tanh(x)))
+    monkeypatch.setenv("GRAPHC_VERIFY", "1")
+    with pytest.raises(InvalidGraphError):
+        Pipeline((Broken("edge"),)).run(graph)
+    monkeypatch.delenv("GRAPHC_VERIFY")
+    Pipeline((Broken("edge"),)).run(graph)
+
+
+class Count(Pass):
+    """Notes the number of nodes."""
+
+    def run(self, graph):
+        new = graph.copy()
+        note(new, f"{len(new)} nodes")
+        return new
+
+
+def test_pipelines_are_data_and_record_what_they_do():
+    pipeline = FORWARD.with_inserted(Count(), after="canonicalize").without("fold_constants")
+    assert pipeline.names == ("canonicalize", "count", "eliminate_common", "eliminate_dead")
+    pipeline = pipeline.replaced("count", Decompose()).with_inserted(Count())
+    pipeline = pipeline.with_inserted(Count(), before="decompose")
+    assert pipeline.names[1:3] == ("count", "decompose") and pipeline.names[-1] == "count"
+    (step,) = (p for p in pipeline.with_options("canonicalize", sweeps=2) if isinstance(p, Canonicalize))
+    assert step.sweeps == 2
+    with pytest.raises(errors.NameLookupError, match="no pass 'fuse'.*canonicalize"):
+        pipeline.without("fuse")
+    seen = []
+    graph = one(lambda x: ops.add(ops.mean(x), 0.0))
+    after, records = pipeline.run(graph, observer=lambda record, g: seen.append((record.name, len(g))))
+    assert tuple(r.name for r in records) == pipeline.names
+    assert [name for name, _ in seen] == list(pipeline.names)
+    assert records[0].notes == ("neutral_operand x1",)
+    assert records[1].notes == (f"{records[1].nodes_after} nodes",)
+    assert records[0].nodes_before == len(graph) and records[-1].nodes_after == len(after)
+    assert "canonicalize: 4 -> 2 nodes" in str(records[0])
+    assert "notes" not in after.annotations
+
+
+def test_passes_survive_names_that_collide_with_new_nodes():
+    """Parameters keep their names even where a pass makes a node that would take one."""
+    graph = Graph("names")
+    x = graph.input("x", (4, 3))
+    h = ops.mean(x, 0)
+    y = ops.mul(h, graph.parameter("sum", (3,)))
+    y = ops.add(y, graph.parameter("constant", (3,)))
+    graph.output(y=ops.mul(y, 3.0))
+    after, _ = BACKWARD.run(graph, verify=True)
+    assert set(after.parameters) == {"sum", "constant"}
+    verify_graph(after)
