@@ -8,8 +8,10 @@ from dataclasses import replace
 from graphc import errors
 from graphc.ir import Graph, Value
 from graphc.runtime.executable import Executable, InterpretedExecutable
+from passes.assign_layouts import AssignLayouts
 from passes.autodiff import differentiate
 from passes.base import Pipeline
+from passes.explicit_padding import ExplicitPadding
 from passes.fuse import Fuse
 from passes.pipeline import BACKWARD, FORWARD, MEMORY
 from passes.set_mode import SetMode
@@ -36,12 +38,13 @@ def compile(
     if target == "interpret":
         return InterpretedExecutable(bound, seed)
     from graphc.codegen import simd
-    from graphc.codegen.program import lower_graph, plan_launches
+    from graphc.codegen.program import can_lower, lower_graph, plan_launches
     from graphc.runtime.cpu import CpuExecutable
     from graphc.runtime.team import available_cores
 
     lanes, threads = simd.host_lanes(), threads or available_cores()
-    fused, more = Pipeline((Fuse(),)).run(bound)
+    passes = (ExplicitPadding(), Fuse(), AssignLayouts(lanes, can_lower=can_lower))
+    fused, more = Pipeline(passes).run(bound)
     kernels = lower_graph(fused)
     planned, final = MEMORY.run(fused)
     launches = plan_launches(planned, kernels, lanes, threads)
@@ -56,7 +59,9 @@ def transform(graph, outputs, dims, loss, gradients, optimizer, mode, seed):
     wanted = {name: graph.value(name) for name in [*outputs, *([loss] if loss else [])]}
     g = graph.copy()
     g.outputs = {name: g.value(value.name) for name, value in wanted.items()}
+    symbolic = next((n.types[0].shape[0] for n in g.inputs.values() if n.types[0].rank and isinstance(n.types[0].shape[0], str)), None)
     g = g.bind(dims)
+    g.annotations["batch"] = dims.get(symbolic)
     g, records = (Pipeline((SetMode(training, seed),)) + FORWARD).run(g)
     start = len(g)
     if gradients or optimizer:

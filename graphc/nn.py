@@ -20,7 +20,7 @@ from graphc.ops.matmul import matmul
 from graphc.ops.norm import batch_norm
 from graphc.ops.random import dropout as _dropout
 from graphc.ops.shape import transpose
-from graphc.ops.window import pair
+from graphc.ops.window import naming, pair
 
 __all__ = ["linear", "conv2d", "batch_norm2d", "dropout", "init"]
 
@@ -91,7 +91,9 @@ def conv2d(
             f"{x.name!r} {x.type} "
             f"and out_channels={out_channels}"
         )
-    shape = (out_channels, channels // groups, *pair(kernel_size, "kernel_size"))
+    with naming("conv2d", name, x):
+        kernel = pair(kernel_size, "kernel_size")
+    shape = (out_channels, channels // groups, *kernel)
     graph = x.graph
     with graph.layer(name):
         weight = graph.parameter(f"{name}.weight", shape, weight_init, dtype=x.dtype)

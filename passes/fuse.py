@@ -18,8 +18,8 @@ WINDOWS = frozenset({"max_pool2d", "max_pool2d_argmax", "avg_pool2d"})
 REDUCTIONS = frozenset({"sum", "max", "min", "prod", "argmax"})
 # Index maps: they cost nothing where they are read, so every reader gets its own copy.
 VIEWS = frozenset({"transpose", "expand", "squeeze", "unsqueeze", "slice"})
-# The largest chain of cheap operators that is computed twice rather than stored.
-DUPLICATE = 4
+# Functions of one element that cost no more than reading their result would.
+CHEAP = frozenset({"lt", "le", "gt", "ge", "eq", "ne", "logical_not", "cast", "one_hot"})
 UPDATE = "update"
 
 
@@ -36,12 +36,37 @@ class Fuse:
     name = "fuse"
 
     def run(self, graph: Graph) -> Graph:
-        return _Fuser(graph, self.enabled).run()
+        return _Fuser(_keep_axes(graph), self.enabled).run()
+
+
+def _keep_axes(graph: Graph) -> Graph:
+    """Reductions keep their axes as 1 and a view drops them, so that all values of a region align."""
+
+    def visit(new: Graph, node: Node, inputs: tuple[Value, ...]):
+        if node.op not in REDUCTIONS or node.attrs["keepdims"] or not node.inputs[0].rank:
+            return None
+        kept = new.add(node.op, inputs, {**node.attrs, "keepdims": True}, name=node.name)
+        return new.add("reshape", kept.outputs, {"shape": node.types[0].shape}, name=f"{node.name}.squeeze").outputs
+
+    return graph.rebuild(visit)
 
 
 def is_view(node: Node) -> bool:
-    """Whether a node only renames indices, so that its readers can read its operand instead."""
+    """Whether a node's readers can as well read its operand: it renames indices, or compares or casts."""
+    if node.op in CHEAP:
+        return sum(not _is_scalar_constant(v) for v in node.inputs) == 1
     return node.op in VIEWS or (node.op == "reshape" and _only_ones_differ(node))
+
+
+def viewed(node: Node) -> Value:
+    """The operand that a view shows."""
+    if node.op not in CHEAP:
+        return node.inputs[0]
+    return next(v for v in node.inputs if not _is_scalar_constant(v))
+
+
+def _is_scalar_constant(value: Value) -> bool:
+    return value.node.op == "constant" and value.type.size == 1
 
 
 def is_alias(node: Node) -> bool:
@@ -89,7 +114,7 @@ class _Fuser:
         """Reductions and windows of one operand with equal geometry share their loops."""
         seen: dict[tuple, Node] = {}
         for node in self.nodes:
-            if node.op in WINDOWS | REDUCTIONS and "argmax" not in (node.op,):
+            if node.op in WINDOWS | REDUCTIONS and node.op != "argmax":
                 key = (node.inputs, tuple(sorted((k, repr(v)) for k, v in node.attrs.items())))
                 if key in seen and not self.path_outside(self.group[seen[key].name], self.group[node.name]):
                     self.join(seen[key], node)
@@ -111,7 +136,7 @@ class _Fuser:
 
     def through_views(self, node: Node) -> Node:
         while is_view(node):
-            node = node.inputs[0].node
+            node = viewed(node).node
         return node
 
     def join(self, first: Node, second: Node) -> None:
@@ -146,8 +171,10 @@ class _Fuser:
                     return f"{node.name!r} reduces across the register tile of {source.name!r}"
                 if source.op in CONTRACTIONS and is_view(value.node):
                     return f"{value.node.name!r} reorders the register tile of {source.name!r}"
-                if not (node.op in REDUCTIONS | WINDOWS | {"max_unpool2d"} or get(node.op).elementwise):
+                if not (node.op in REDUCTIONS | WINDOWS | {"max_unpool2d", "pad"} or get(node.op).elementwise):
                     return f"{node.name!r} ({node.op}) reads its operand from memory"
+                if node.op == "pad" and source.op in CONTRACTIONS | WINDOWS | REDUCTIONS:
+                    return f"{node.name!r} writes around the register tile of {source.name!r}"
                 if node.op == "max_unpool2d" and not get(source.op).elementwise:
                     return f"each element of {source.name!r} is read several times by {node.name!r}"
         if not results:
@@ -161,35 +188,22 @@ class _Fuser:
 
     def shapes_differ(self, nodes: list[Node], results: list[Value]) -> str:
         shapes = {v.shape for v in results}
-        ranks = {len(s) for s in shapes}
-        if len(ranks) > 1:
+        if len({len(s) for s in shapes}) > 1:
             return f"results of different ranks {sorted(shapes)}"
-        outer = tuple(min(s[axis] for s in shapes) for axis in range(ranks.pop()))
-        widest = tuple(max(s[axis] for s in shapes) for axis in range(len(outer)))
+        outer, reduced = _outer(nodes, results)
         if any(d != o and o != 1 for s in shapes for d, o in zip(s, outer, strict=True)):
             return f"results of different shapes {sorted(shapes)}"
-        has_window = any(n.op in WINDOWS | CONTRACTIONS or n.op == "max_unpool2d" for n in nodes)
-        if outer != widest and has_window:
+        if all(s == outer for s in shapes) and not reduced:
+            return ""
+        if any(n.op in WINDOWS | CONTRACTIONS | {"max_unpool2d"} for n in nodes):
             return f"results of different shapes {sorted(shapes)}"
-        if outer != widest and not any(n.op in REDUCTIONS for n in nodes):
-            return f"a broadcast value {list(outer)} is stored once, its readers run over {list(widest)}"
+        if not any(n.op in REDUCTIONS for n in nodes):
+            return f"a broadcast value {list(outer)} is stored once, its readers run over other axes"
+        if 0 in reduced and any(s != outer for s in shapes):
+            return "a sum over the batch ends before what follows it can begin"
         for node in nodes:
-            if node.op in REDUCTIONS:
-                # Reduced axes must not be outer loops: the reduction needs all of them in one iteration.
-                source, target = node.inputs[0].shape, node.types[0].shape
-                if len(source) == len(target) == len(outer):
-                    reduced = [i for i, (s, t) in enumerate(zip(source, target, strict=True)) if s != t]
-                    if any(outer[i] != 1 for i in reduced):
-                        return f"{node.name!r} reduces an axis that the other results run over"
-                elif target != outer and any(self.leaves(v, set()) or True for v in node.outputs) and len(results) > 1:
-                    return f"{node.name!r} drops axes that the other results have"
-        if any(n.op in REDUCTIONS for n in nodes) and any(n.op in CONTRACTIONS for n in nodes):
-            return "a reduction across a contraction's register tile"
-        for node in nodes:
-            size = node.types[0].shape
-            if get(node.op).elementwise and len(size) == len(outer):
-                if any(d != 1 and o != 1 and d != o for d, o in zip(size, outer, strict=True)):
-                    return f"{node.name!r} {node.types[0]} runs over other axes than {list(outer)}"
+            if node.op in REDUCTIONS and node.inputs[0].rank != len(outer):
+                return f"{node.name!r} reduces a value of another rank"
         return ""
 
     def leaves(self, value: Value, inside: set[str]) -> bool:
@@ -280,7 +294,7 @@ class _Fuser:
             fused = new.add(
                 "fused",
                 [mapping[v] for v in operands],
-                {"body": body, "kind": lead.op},
+                {"body": body, "kind": lead.op, "outer": _outer(nodes, results)[0]},
                 name=lead.name,
             )
         for value, result in zip(results, fused.outputs, strict=True):
@@ -323,7 +337,7 @@ class _Fuser:
             for v in node.inputs:
                 source = v.node
                 while is_view(source) and source.name not in unit_of:
-                    source = source.inputs[0].node
+                    source = viewed(source).node
                 found.append(source)
             return found
 
@@ -351,6 +365,18 @@ class _Fuser:
                     heapq.heappush(ready, follower)
         assert len(result) == len(units), "fusion made a cycle"
         return result
+
+
+def _outer(nodes: list[Node], results: list[Value]) -> tuple[tuple[int, ...], set[int]]:
+    """The loops that all results of a region share (1: no loop), and the axes that it reduces."""
+    shapes = [v.shape for v in results]
+    outer = [min(s[axis] for s in shapes) for axis in range(len(shapes[0]))]
+    reduced: set[int] = set()
+    for node in nodes:
+        if node.op in REDUCTIONS and node.inputs[0].rank == len(outer):
+            source, target = node.inputs[0].shape, node.types[0].shape
+            reduced |= {axis for axis, (s, t) in enumerate(zip(source, target, strict=True)) if s != t}
+    return tuple(1 if axis in reduced else d for axis, d in enumerate(outer)), reduced
 
 
 def _disjoint(node: Node) -> bool:

@@ -137,10 +137,10 @@ def _run(recipe: Recipe, sources: list, mean: Callable, function: Callable[[Op],
 
 
 def build(recipe: Recipe) -> Graph:
-    """The recipe as a graph with inputs `SHAPES`, outputs `last`, `inner` and the scalar `loss`."""
+    """The recipe as a float64 graph with inputs `SHAPES`, outputs `last`, `inner` and the scalar `loss`."""
     graph = Graph("random")
     sources = [
-        graph.parameter(name, shape) if name == "w" else graph.input(name, shape)
+        (graph.parameter if name == "w" else graph.input)(name, shape, dtype="float64")
         for name, shape in SHAPES.items()
     ]
     values = _run(recipe, sources, ops.mean, lambda op: op.graphc)

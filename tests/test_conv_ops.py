@@ -17,6 +17,7 @@ from graphc import errors, nn
 from graphc.interpreter import interpret
 from graphc.ir import Graph, Value
 from passes.autodiff import differentiate
+from passes.set_mode import SetMode
 
 torch = pytest.importorskip("torch")
 functional = torch.nn.functional
@@ -309,9 +310,8 @@ def test_batch_norm_moves_running_statistics_as_pytorch():
     g = Graph()
     x = g.input("x", (4, 3, 5, 5))
     y = nn.batch_norm2d(x, name="bn", momentum=0.3, eps=1e-3)
-    node = y.node
-    node.attrs["training"] = True
     g.output(y=y)
+    g = SetMode(training=True).run(g)
     module = torch.nn.BatchNorm2d(3, momentum=0.3, eps=1e-3)
     state = {
         k: v.numpy().copy() for k, v in module.state_dict().items() if k != "num_batches_tracked"

@@ -26,14 +26,15 @@ class _Split(Exception):
         self.loop, self.factor = loop, factor
 
 
-def lower_region(name: str, body: Graph) -> Kernel:
+def lower_region(name: str, body: Graph, outer: tuple[int, ...] | None = None) -> Kernel:
     """Lower `body` (inputs operand0.., outputs result0..) to a kernel.
 
-    Results must have equal shapes, or (keepdims) shapes equal up to axes of size 1. Raises CannotLower."""
+    `outer`: the shape that the outer loops run over, 1 where results have loops of their own (by default
+    the shape of the first result). Raises CannotLower."""
     splits: dict[str, int] = {}
     for _ in range(64):
         try:
-            return _canonical(_Pull(name, body, splits).kernel())
+            return _canonical(_Pull(name, body, splits, outer).kernel())
         except _Split as split:
             if split.loop in splits:
                 raise CannotLower(f"{name}: loop {split.loop} would be split twice") from None
@@ -63,28 +64,22 @@ def _all_loops(kernel: Kernel) -> list[tuple[str, ...]]:
     return [*reductions, *(s.loops for s in kernel.stores)]
 
 
-def outer_shape(body: Graph) -> tuple[int, ...]:
-    """The axes every result has, reduced axes as 1."""
-    shapes = [v.shape for v in body.outputs.values()]
-    rank = max(len(s) for s in shapes)
-    if any(len(s) != rank for s in shapes):
-        raise CannotLower(f"results of different ranks: {shapes}")
-    return tuple(min(int(s[axis]) for s in shapes) for axis in range(rank))
-
-
 class _Pull:
-    def __init__(self, name: str, body: Graph, splits: dict[str, int]):
+    def __init__(self, name: str, body: Graph, splits: dict[str, int], outer: tuple[int, ...] | None):
         self.name, self.body, self.splits = name, body, splits
         self.loops: dict[str, Loop] = {}
         self.memo: dict[tuple, Expr] = {}
         self.operands = {n.name: i for i, n in enumerate(body.inputs.values())}
         self.results = list(body.outputs.values())
+        self.outer = tuple(int(d) for d in outer or self.results[0].shape)
 
     def kernel(self) -> Kernel:
-        outer = outer_shape(self.body)
+        outer = self.outer
         index: list[Index] = []
         outer_loops: list[str] = []
         lane_axes = {v.layout.lane_axis: v.layout.lanes for v in self.results if v.layout.lane_axis is not None}
+        if any(outer[axis] != v.shape[axis] for axis in lane_axes for v in self.results) or len(lane_axes) > 1:
+            raise CannotLower(f"{self.name}: results disagree on the lane axis")
         for axis, extent in enumerate(outer):
             if extent == 1 and axis not in lane_axes:
                 index.append(Index())
@@ -98,12 +93,10 @@ class _Pull:
         for number, value in enumerate(self.results):
             position, inner = list(index), []
             for axis, extent in enumerate(value.shape):
-                if extent != outer[axis] and axis not in lane_axes:
+                if extent != outer[axis]:
                     name = f"c{axis}"
                     position[axis] = self.loop(name, int(extent))
                     inner += self.parts(name)
-                elif extent != outer[axis]:
-                    raise CannotLower(f"{self.name}: results disagree on the lane axis {axis}")
             expr = self.pull(value, tuple(position))
             access = self.address(len(self.operands) + number, value, tuple(position))
             stores.append(Store(access, expr, tuple(inner)))
@@ -170,8 +163,30 @@ class _Pull:
                 rule = get(node.op).lower
                 if rule is None:
                     raise CannotLower(f"{node.describe()}: has no lowering and was not decomposed")
-                self.memo[key] = rule(_Rule(self, node, index), node, value.index, index)
+                self.memo[key] = self.without_idle_bounds(rule(_Rule(self, node, index), node, value.index, index))
         return self.memo[key]
+
+    def without_idle_bounds(self, expr: Expr) -> Expr:
+        """Drop checks that hold for every value of the loops."""
+        if expr.op == "reduce":
+            body = self.without_idle_bounds(expr.args[0])
+            return Expr("reduce", (body,), expr.dtype, expr.attributes) if body is not expr.args[0] else expr
+        if expr.op == "mul":
+            parts = tuple(self.without_idle_bounds(a) for a in expr.args)
+            return expr if all(a is b for a, b in zip(parts, expr.args, strict=True)) else Expr("mul", parts, expr.dtype)
+        if expr.op != "within":
+            return expr
+        bounds = tuple((i, n) for i, n in expr.attributes["bounds"] if not self.always_within(i, n))
+        inside = self.without_idle_bounds(expr.args[0])
+        return Expr("within", (inside, expr.args[1]), expr.dtype, {"bounds": bounds}) if bounds else inside
+
+    def always_within(self, index: Index, extent: int) -> bool:
+        reach = [(c * (self.loops[n].extent - 1), self.loops[n]) for n, c in index.terms]
+        if any(loop.ragged for _, loop in reach):
+            return False
+        low = index.constant + sum(min(r, 0) for r, _ in reach)
+        high = index.constant + sum(max(r, 0) for r, _ in reach)
+        return 0 <= low and high < extent
 
     def address(self, buffer: int, value: Value, index: tuple[Index, ...]) -> Access:
         shape = tuple(int(d) for d in value.shape)

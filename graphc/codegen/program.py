@@ -22,6 +22,26 @@ class Launch:
     call: CompiledCall
 
 
+def lower_node(node: Node) -> Kernel:
+    """The kernel of one fused region, for the layouts its operands and results have. Raises CannotLower."""
+    body: Graph = node.attrs["body"]
+    for value, operand in zip(body.inputs.values(), node.inputs, strict=True):
+        value.layouts = (operand.layout,)
+    for value, layout in zip(body.outputs.values(), node.layouts, strict=True):
+        layouts = list(value.node.layouts)
+        layouts[value.index] = layout
+        value.node.layouts = tuple(layouts)
+    return lower_region(node.name, body, node.attrs["outer"])
+
+
+def can_lower(node: Node) -> bool:
+    try:
+        lower_node(node)
+    except CannotLower:
+        return False
+    return True
+
+
 def lower_graph(graph: Graph) -> dict[str, Kernel]:
     """The kernel of every fused region by node name. Marks regions that may overwrite an operand.
 
@@ -29,24 +49,14 @@ def lower_graph(graph: Graph) -> dict[str, Kernel]:
     kernels: dict[str, Kernel] = {}
     failures = []
     for node in graph:
-        if node.op != "fused":
-            continue
-        body: Graph = node.attrs["body"]
-        for value, operand in zip(body.inputs.values(), node.inputs, strict=True):
-            value.layouts = (operand.layout,)
-        for number, value in enumerate(body.outputs.values()):
-            layouts = list(value.node.layouts)
-            layouts[value.index] = node.layouts[number]
-            value.node.layouts = tuple(layouts)
-        try:
-            kernels[node.name] = lower_region(node.name, body)
-        except CannotLower as error:
-            failures.append(f"{node.describe()}: {error}")
+        if node.op == "fused":
+            try:
+                kernels[node.name] = lower_node(node)
+                node.attrs["inplace"] = overwritable(kernels[node.name], node)
+            except CannotLower as error:
+                failures.append(f"{node.describe()}: {error}")
     if failures:
         raise errors.CompileError(f"{len(failures)} nodes cannot be compiled:\n  " + "\n  ".join(failures))
-    for name, kernel in kernels.items():
-        node = graph.node(name)
-        node.attrs["inplace"] = overwritable(kernel, node)
     return kernels
 
 

@@ -26,6 +26,7 @@ from graphc.codegen.simd_operands import (
     pointee,
     pointer_type,
     tile_type,
+    tuple_elements,
 )
 from graphc.codegen.simd_values import I8, I32
 
@@ -117,9 +118,10 @@ def _check_strides(name: str, strides: Any, counts: tuple[int, ...]) -> list[typ
         raise TypingError(
             f"simd.{name}: counts {counts} need {len(counts)} integer strides, not {strides}"
         )
-    for stride in strides:
-        _check_index(name, stride=types.unliteral(stride))
-    return [types.unliteral(stride) for stride in strides]
+    stride_types = tuple_elements(strides)
+    for stride in stride_types:
+        _check_index(name, stride=stride)
+    return stride_types
 
 
 def _stride_values(context, builder, ll, stride_types, fixed):

@@ -80,11 +80,16 @@ class Operand:
     count: int | None
 
 
+def tuple_elements(argument: Any) -> list[types.Type]:
+    """The element types of a tuple type, literals as their types."""
+    return [types.unliteral(element) for element in argument]
+
+
 def describe(argument: Any, function: str) -> Operand:
     """Read the type of an argument; tuples must be uniform."""
     count = None
     if isinstance(argument, types.BaseTuple):
-        elements = [types.unliteral(element) for element in argument]
+        elements = tuple_elements(argument)
         if not elements or any(element != elements[0] for element in elements):
             raise TypingError(
                 f"simd.{function}: a tile has one or more elements of one type, not {argument}"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
-
 import numpy as np
 
 from graphc import errors
@@ -99,7 +97,7 @@ def clip(
     As in torch.clamp, `max` wins where min > max."""
     if min is None and max is None:
         raise errors.DeclarationError(f"clip of {x.name!r}: give min, max or both")
-    return apply("clip", x, name=name, min=min, max=max)[0]
+    return apply("clip", x, name=name, min=_limit(x, min), max=_limit(x, max))[0]
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
@@ -236,21 +234,23 @@ define_unary(
 # ---- clip
 
 
-def _clip_limits(min: float | None, max: float | None, dtype: Any) -> tuple[Any, Any]:
-    kind = float if np.dtype(dtype).kind == "f" else int
-    return (None if min is None else kind(min), None if max is None else kind(max))
+def _limit(x: Value, limit: float | None) -> float | None:
+    """A limit in x's kind of number. Raises DTypeError where that would lose a fraction."""
+    if limit is None or x.type.is_float:
+        return None if limit is None else float(limit)
+    if limit != int(limit):
+        raise errors.DTypeError(f"clip of {x.name!r} {x.type}: the limit {limit!r} is not an integer")
+    return int(limit)
 
 
 def _clip(x: np.ndarray, min: float | None, max: float | None) -> np.ndarray:
-    low, high = _clip_limits(min, max, x.dtype)
-    x = x if low is None else np.maximum(x, np.asarray(low, dtype=x.dtype))
-    return x if high is None else np.minimum(x, np.asarray(high, dtype=x.dtype))
+    x = x if min is None else np.maximum(x, np.asarray(min, dtype=x.dtype))
+    return x if max is None else np.minimum(x, np.asarray(max, dtype=x.dtype))
 
 
 def _clip_scalar(x: Expr, min: float | None, max: float | None) -> Expr:
-    low, high = _clip_limits(min, max, x.dtype)
-    x = x if low is None else call("maximum", x, low)
-    return x if high is None else call("minimum", x, high)
+    x = x if min is None else call("maximum", x, min)
+    return x if max is None else call("minimum", x, max)
 
 
 def _clip_derivative(x: Value, y: Value, g: Value, min: float | None, max: float | None) -> Value:
@@ -264,5 +264,5 @@ define_unary(
     _clip_derivative,
     _clip_scalar,
     kind="number",
-    attrs=({"min": -1.0, "max": 0.5}, {"min": 0.0, "max": None}, {"min": None, "max": 0.25}),
+    attrs=({"min": -1, "max": 1}, {"min": 0, "max": None}, {"min": None, "max": 1}),
 )

@@ -21,11 +21,13 @@ from graphc.expr import Expr, Index, within
 from graphc.ir import Node, TensorType, Value
 from graphc.ops.broadcast import same_dtype
 from graphc.ops.elementwise import add
+from graphc.ops.pointwise import sizes
 from graphc.ops.registry import Attrs, Lowering, OpDef, Sample, apply, lift, register
 from graphc.ops.shape import reshape
 from graphc.ops.window import (
     add_windows,
     image_type,
+    naming,
     output_extents,
     pad_images,
     padding_pairs,
@@ -58,21 +60,18 @@ def conv2d(
     Raises ShapeError, DTypeError.
     """
     weight = lift(weight, x)
-    # Without four dimensions there is nothing to normalise: the type rule refuses, naming the
-    # operands.
-    sizes = x.shape[2:] if x.rank == 4 else (1, 1)
-    kernel = pair(weight.shape[2:], "kernel") if weight.rank == 4 else (1, 1)
-    stride, dilation = pair(stride, "stride"), pair(dilation, "dilation")
-    y = apply(
-        "conv2d",
-        x,
-        weight,
-        name=name,
-        stride=stride,
-        padding=padding_pairs(padding, sizes, kernel, stride, dilation),
-        dilation=dilation,
-        groups=int(groups),
-    )[0]
+    with naming("conv2d", name, x):
+        # Without four dimensions there is nothing to normalise: the type rule then refuses.
+        image = x.shape[2:] if x.rank == 4 else (1, 1)
+        kernel = pair(weight.shape[2:], "kernel") if weight.rank == 4 else (1, 1)
+        stride, dilation = pair(stride, "stride"), pair(dilation, "dilation")
+        attrs = {
+            "stride": stride,
+            "padding": padding_pairs(padding, image, kernel, stride, dilation),
+            "dilation": dilation,
+            "groups": int(groups),
+        }
+    y = apply("conv2d", x, weight, name=name, **attrs)[0]
     if bias is None:
         return y
     bias = lift(bias, x)
@@ -210,24 +209,27 @@ def _evaluate_weight_grad(arrays: list[np.ndarray], attrs: Attrs) -> list[np.nda
 
 def _vjp(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
     (x, weight), g, geometry = node.inputs, cotangents[0], _geometry(node.attrs)
+    assert g is not None
     return (
-        conv2d_input_grad(g, weight, input_shape=x.shape, **geometry),
-        conv2d_weight_grad(x, g, weight_shape=weight.shape, **geometry),
+        conv2d_input_grad(g, weight, input_shape=sizes(x), **geometry),
+        conv2d_weight_grad(x, g, weight_shape=sizes(weight), **geometry),
     )
 
 
 def _vjp_input_grad(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
     (g, weight), c, geometry = node.inputs, cotangents[0], _geometry(node.attrs)
+    assert c is not None
     return (
         apply("conv2d", c, weight, **geometry)[0],
-        conv2d_weight_grad(c, g, weight_shape=weight.shape, **geometry),
+        conv2d_weight_grad(c, g, weight_shape=sizes(weight), **geometry),
     )
 
 
 def _vjp_weight_grad(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
     (x, g), c, geometry = node.inputs, cotangents[0], _geometry(node.attrs)
+    assert c is not None
     return (
-        conv2d_input_grad(g, c, input_shape=x.shape, **geometry),
+        conv2d_input_grad(g, c, input_shape=sizes(x), **geometry),
         apply("conv2d", x, c, **geometry)[0],
     )
 
@@ -252,8 +254,8 @@ def _read_image(k: Lowering, slot: int, axes, n, channel, o, tap) -> Expr:
 
 
 def _lower(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Expr:
-    x, weight = (v.shape for v in node.inputs)
-    axes = window_axes(x[2:], node.types[0].shape[2:], weight[2:], node.attrs)
+    x, weight = (sizes(v) for v in node.inputs)
+    axes = window_axes(x[2:], sizes(node[0])[2:], weight[2:], node.attrs)
     n, oc, oh, ow = index
     g, _oc = _group(k, oc, weight[0] // node.attrs["groups"], node.attrs["groups"])
 
@@ -265,8 +267,8 @@ def _lower(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Expr:
 
 
 def _lower_input_grad(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Expr:
-    g_shape, weight = (v.shape for v in node.inputs)
-    axes = window_axes(node.types[0].shape[2:], g_shape[2:], weight[2:], node.attrs)
+    g_shape, weight = (sizes(v) for v in node.inputs)
+    axes = window_axes(sizes(node[0])[2:], g_shape[2:], weight[2:], node.attrs)
     n, channel, ih, iw = index
     per_group = weight[0] // node.attrs["groups"]
     group, ic = _group(k, channel, weight[1], node.attrs["groups"])
@@ -280,8 +282,8 @@ def _lower_input_grad(k: Lowering, node: Node, _: int, index: tuple[Index, ...])
 
 
 def _lower_weight_grad(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Expr:
-    x, g = (v.shape for v in node.inputs)
-    weight = node.types[0].shape
+    x, g = (sizes(v) for v in node.inputs)
+    weight = sizes(node[0])
     axes = window_axes(x[2:], g[2:], weight[2:], node.attrs)
     oc, ic, kh, kw = index
     group, _oc = _group(k, oc, weight[0] // node.attrs["groups"], node.attrs["groups"])

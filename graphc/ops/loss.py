@@ -7,6 +7,7 @@ them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from graphc.ir import Node, TensorType, Value
 from graphc.ops.activation import sigmoid
 from graphc.ops.compare import one_hot, where
 from graphc.ops.elementwise import add, div, exp, log, log1p, maximum, mul, neg, sub
+from graphc.ops.pointwise import operands, sizes
 from graphc.ops.reduce import max as reduce_max
 from graphc.ops.reduce import mean
 from graphc.ops.reduce import sum as reduce_sum
@@ -33,39 +35,37 @@ __all__ = [
 
 
 def mse_loss(
-    prediction: Value, target: Value, reduction: str = "mean", name: str | None = None
+    prediction: Value, target: Any, reduction: str = "mean", name: str | None = None
 ) -> Value:
     """(prediction - target)^2, for two values of one shape. Raises ShapeError, DTypeError."""
-    return _reduced("squared_error", prediction, lift(target, prediction), reduction, name)
+    return _reduced("squared_error", operands(prediction, target), reduction, name)
 
 
 def binary_cross_entropy(
-    probability: Value, target: Value, reduction: str = "mean", name: str | None = None
+    probability: Value, target: Any, reduction: str = "mean", name: str | None = None
 ) -> Value:
     """-(t log p + (1-t) log(1-p)) for p in [0, 1] and targets t of the same shape.
 
     As in PyTorch, logarithms are clamped at -100 and the gradient's denominator p(1-p) at 1e-12.
     From logits, `binary_cross_entropy_with_logits` is more accurate. Raises ShapeError, DTypeError.
     """
-    return _reduced("binary_cross_entropy", probability, lift(target, probability), reduction, name)
+    return _reduced("binary_cross_entropy", operands(probability, target), reduction, name)
 
 
 def binary_cross_entropy_with_logits(
-    logits: Value, target: Value, reduction: str = "mean", name: str | None = None
+    logits: Value, target: Any, reduction: str = "mean", name: str | None = None
 ) -> Value:
     """binary_cross_entropy(sigmoid(x), t) as max(x, 0) - x t + log(1 + exp(-|x|)), which never
     overflows.
 
     Raises ShapeError, DTypeError.
     """
-    return _reduced(
-        "binary_cross_entropy_with_logits", logits, lift(target, logits), reduction, name
-    )
+    return _reduced("binary_cross_entropy_with_logits", operands(logits, target), reduction, name)
 
 
 def softmax_cross_entropy(
     logits: Value,
-    labels: Value,
+    labels: Any,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     name: str | None = None,
@@ -82,19 +82,13 @@ def softmax_cross_entropy(
         raise errors.DeclarationError(
             f"label_smoothing={label_smoothing!r} must lie between 0 and 1"
         )
-    labels = lift(labels, logits)
-    return _reduced(
-        "softmax_cross_entropy",
-        logits,
-        labels,
-        reduction,
-        name,
-        label_smoothing=float(label_smoothing),
-    )
+    pair = logits, _as_labels(labels, logits)
+    smoothing = float(label_smoothing)
+    return _reduced("softmax_cross_entropy", pair, reduction, name, label_smoothing=smoothing)
 
 
 def nll_loss(
-    log_probabilities: Value, labels: Value, reduction: str = "mean", name: str | None = None
+    log_probabilities: Value, labels: Any, reduction: str = "mean", name: str | None = None
 ) -> Value:
     """-log_probabilities[label]: the negative log-likelihood; with log_softmax before it, cross
     entropy.
@@ -102,16 +96,26 @@ def nll_loss(
     Shapes and labels as class numbers for `softmax_cross_entropy`; a label outside [0, C) gives 0.
     Raises ShapeError, DTypeError.
     """
-    return _reduced("nll_loss", log_probabilities, labels, reduction, name)
+    pair = log_probabilities, _as_labels(labels, log_probabilities)
+    return _reduced("nll_loss", pair, reduction, name)
 
 
-def _reduced(op: str, a: Value, b: Value, reduction: str, name: str | None, **attrs) -> Value:
+def _as_labels(labels: Any, logits: Value) -> Value:
+    """Labels as a value: arrays of ints stay ints."""
+    if not isinstance(labels, Value) and np.asarray(labels).dtype.kind in "iu":
+        return logits.graph.constant(labels)
+    return lift(labels, logits)
+
+
+def _reduced(
+    op: str, pair: tuple[Value, ...], reduction: str, name: str | None, **attrs: Any
+) -> Value:
     reducers = {"mean": mean, "sum": reduce_sum, "none": None}
     if reduction not in reducers:
         raise errors.DeclarationError(
             f'{name or op}: reduction={reduction!r} must be "mean", "sum" or "none"'
         )
-    losses = apply(op, a, b, name=name, **attrs)[0]
+    losses = apply(op, *pair, name=name, **attrs)[0]
     reduce = reducers[reduction]
     return losses if reduce is None else reduce(losses, name=f"{losses.node.name}.{reduction}")
 
@@ -140,7 +144,9 @@ def _evaluate_squared(arrays: list[np.ndarray], attrs: Attrs) -> list[np.ndarray
 
 def _vjp_squared(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
     a, b = node.inputs
-    ga = mul(cotangents[0], mul(sub(a, b), 2.0))
+    g = cotangents[0]
+    assert g is not None
+    ga = mul(g, mul(sub(a, b), 2.0))
     return ga, neg(ga)
 
 
@@ -155,8 +161,8 @@ def _evaluate_bce(arrays: list[np.ndarray], attrs: Attrs) -> list[np.ndarray]:
 
 
 def _vjp_bce(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
-    p, t = node.inputs
-    g = cotangents[0]
+    (p, t), g = node.inputs, cotangents[0]
+    assert g is not None
     spread = maximum(mul(sub(1.0, p), p), 1e-12)
     log_odds = sub(maximum(log1p(neg(p)), -100.0), maximum(log(p), -100.0))
     return mul(g, div(sub(p, t), spread)), mul(g, log_odds)
@@ -174,8 +180,9 @@ def _evaluate_bce_logits(arrays: list[np.ndarray], attrs: Attrs) -> list[np.ndar
 
 
 def _vjp_bce_logits(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
-    x, t = node.inputs
-    return mul(cotangents[0], sub(sigmoid(x), t)), neg(mul(cotangents[0], x))
+    (x, t), g = node.inputs, cotangents[0]
+    assert g is not None
+    return mul(g, sub(sigmoid(x), t)), neg(mul(g, x))
 
 
 def _lower_bce_logits(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Expr:
@@ -244,9 +251,8 @@ def _evaluate_cross_entropy(arrays: list[np.ndarray], attrs: Attrs) -> list[np.n
 def _decompose_cross_entropy(node: Node, operands: tuple[Value, ...]) -> Sequence[Value]:
     logits, labels = operands
     axis, smoothing = _class_axis(logits.rank), node.attrs["label_smoothing"]
-    classes = logits.shape[axis]
-    # The same parts in the same order as log_softmax, so that equal parts of the gradient are
-    # shared.
+    classes = sizes(logits)[axis]
+    # The same parts in the same order as softmax, so that the gradient shares them.
     z = sub(logits, reduce_max(logits, axis=axis, keepdims=True))
     losses = sub(log(reduce_sum(exp(z), axis=axis, keepdims=True)), z)
     if labels.dtype == logits.dtype:
@@ -266,11 +272,11 @@ def _smooth(targets: Value, smoothing: float, classes: int) -> Value:
 
 def _vjp_cross_entropy(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
     """softmax(logits) - targets, for targets that sum to 1 over the classes."""
-    logits, labels = node.inputs
+    (logits, labels), g = node.inputs, cotangents[0]
+    assert g is not None
     axis, smoothing = _class_axis(logits.rank), node.attrs["label_smoothing"]
-    classes = logits.shape[axis]
-    kept = (*logits.shape[:axis], 1, *logits.shape[axis + 1 :])
-    g = reshape(cotangents[0], kept)
+    classes = sizes(logits)[axis]
+    g = reshape(g, (*logits.shape[:axis], 1, *logits.shape[axis + 1 :]))
     probabilities = softmax(logits, axis)
     if labels.dtype != logits.dtype:
         hit = one_hot(labels, classes, logits.dtype, axis=axis)
@@ -294,15 +300,16 @@ def _evaluate_nll(arrays: list[np.ndarray], attrs: Attrs) -> list[np.ndarray]:
 def _decompose_nll(node: Node, operands: tuple[Value, ...]) -> Sequence[Value]:
     values, labels = operands
     axis = _class_axis(values.rank)
-    hit = one_hot(labels, values.shape[axis], "bool", axis=axis)
+    hit = one_hot(labels, sizes(values)[axis], "bool", axis=axis)
     return (reduce_sum(where(hit, neg(values), 0.0), axis=axis),)
 
 
 def _vjp_nll(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
-    values, labels = node.inputs
+    (values, labels), g = node.inputs, cotangents[0]
+    assert g is not None
     axis = _class_axis(values.rank)
-    g = reshape(cotangents[0], (*values.shape[:axis], 1, *values.shape[axis + 1 :]))
-    return neg(mul(g, one_hot(labels, values.shape[axis], values.dtype, axis=axis))), None
+    g = reshape(g, (*values.shape[:axis], 1, *values.shape[axis + 1 :]))
+    return neg(mul(g, one_hot(labels, sizes(values)[axis], values.dtype, axis=axis))), None
 
 
 # ---- samples

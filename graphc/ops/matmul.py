@@ -3,7 +3,9 @@ column (right)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,18 +13,17 @@ from graphc import errors
 from graphc.expr import Expr, Index
 from graphc.ir import Node, TensorType, Value
 from graphc.ops.broadcast import broadcast_index, broadcast_shapes, same_dtype, unbroadcast
-from graphc.ops.registry import Attrs, Lowering, OpDef, Sample, apply, lift, register
+from graphc.ops.pointwise import operands, sizes
+from graphc.ops.registry import Attrs, Lowering, OpDef, Sample, apply, register
 from graphc.ops.shape import reshape, transpose
 
 __all__ = ["matmul"]
 
 
-def matmul(a: Value, b: Value, name: str | None = None) -> Value:
+def matmul(a: Any, b: Any, name: str | None = None) -> Value:
     """`a @ b` as np.matmul: [..., M, K] @ [..., K, N] -> [..., M, N]. Raises ShapeError,
     DTypeError."""
-    if not isinstance(a, Value):
-        a = lift(a, b)
-    return apply("matmul", a, lift(b, a), name=name)[0]
+    return apply("matmul", *operands(a, b), name=name)[0]
 
 
 def _infer(types: list[TensorType], attrs: Attrs) -> list[TensorType]:
@@ -58,6 +59,7 @@ def _vjp(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | Non
     axes."""
     a, b = node.inputs
     g = cotangents[0]
+    assert g is not None
     matrix_a = reshape(a, (1, *a.shape)) if a.rank == 1 else a
     matrix_b = reshape(b, (*b.shape, 1)) if b.rank == 1 else b
     batch = broadcast_shapes(matrix_a.shape[:-2], matrix_b.shape[:-2])
@@ -66,7 +68,7 @@ def _vjp(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | Non
     if matrix_b.rank == 2 and matrix_a.rank > 2:
         # One matrix for the whole batch: fold the batch into its rows instead of summing a product
         # per item.
-        rows = int(np.prod(full[:-1]))
+        rows = math.prod((*sizes(g)[:-2], sizes(matrix_a)[-2]))
         flat_a, flat_g = reshape(matrix_a, (rows, a.shape[-1])), reshape(g, (rows, full[-1]))
         grad_a, grad_b = matmul(flat_g, _swap(matrix_b)), matmul(_swap(flat_a), flat_g)
     else:
@@ -79,7 +81,7 @@ def _vjp(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | Non
 
 
 def _lower(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Expr:
-    a, b = (v.shape for v in node.inputs)
+    a, b = (sizes(v) for v in node.inputs)
     row = () if len(a) == 1 else (index[-1 if len(b) == 1 else -2],)
     column = () if len(b) == 1 else (index[-1],)
     batch = index[: len(index) - len(row) - len(column)]

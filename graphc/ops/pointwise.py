@@ -30,6 +30,11 @@ def draw(shape: Sequence[int], low: float = -2.0, high: float = 2.0, seed: int =
     return np.random.default_rng([seed, *shape]).uniform(low, high, tuple(shape))
 
 
+def whole_numbers(*shape: int, seed: int = 0) -> np.ndarray:
+    """Sample data: int32, uniform in [-4, 4]."""
+    return np.random.default_rng([seed, *shape]).integers(-4, 5, shape, dtype=np.int32)
+
+
 def differentiable(value: Value) -> bool:
     """Whether this operand gets a cotangent: floats that are not fixed data."""
     return value.type.is_float and value.node.op != "constant"
@@ -143,7 +148,9 @@ def define_unary(
         ]
 
     def samples() -> list[Sample]:
-        return [Sample((draw(shape, low, high),), dict(a)) for a in attrs for shape in SHAPES]
+        arrays = [draw(shape, low, high) for shape in SHAPES]
+        arrays += [whole_numbers(2, 7)] if kind == "number" else []
+        return [Sample((array,), dict(a)) for a in attrs for array in arrays]
 
     return register(
         OpDef(
@@ -187,9 +194,9 @@ def define_binary(
         ]
 
     def samples() -> list[Sample]:
-        return [
-            Sample((draw(p, *left, seed=1), draw(q, *right, seed=2)), {}) for p, q in SHAPE_PAIRS
-        ]
+        pairs = [(draw(p, *left, seed=1), draw(q, *right, seed=2)) for p, q in SHAPE_PAIRS]
+        pairs += [(whole_numbers(2, 7), whole_numbers(7))] if kind == "number" else []
+        return [Sample(pair, {}) for pair in pairs]
 
     return register(
         OpDef(

@@ -19,12 +19,14 @@ from graphc import errors
 from graphc.expr import Expr, Index, call, position, select, within
 from graphc.ir import Node, TensorType, Value
 from graphc.ops.elementwise import mul
+from graphc.ops.pointwise import sizes
 from graphc.ops.reduce import mean
 from graphc.ops.registry import Attrs, Lowering, OpDef, Sample, apply, register
 from graphc.ops.window import (
     WindowAxis,
     add_windows,
     image_type,
+    naming,
     output_extents,
     pad_images,
     padding_pairs,
@@ -50,9 +52,9 @@ def max_pool2d(
     `stride=None` means the kernel's size. `padding` as for `conv2d`, at most half the window.
     Raises ShapeError, DTypeError.
     """
-    return apply(
-        "max_pool2d", x, name=name, **_arguments(x, kernel_size, stride, padding, dilation)
-    )[0]
+    with naming("max_pool2d", name, x):
+        attrs = _arguments(x, kernel_size, stride, padding, dilation)
+    return apply("max_pool2d", x, name=name, **attrs)[0]
 
 
 def max_pool2d_argmax(x: Value, **geometry: Any) -> Value:
@@ -85,7 +87,8 @@ def avg_pool2d(
 
     `stride=None` means the kernel's size. Raises ShapeError, DTypeError.
     """
-    attrs = _arguments(x, kernel_size, stride, padding, 1)
+    with naming("avg_pool2d", name, x):
+        attrs = _arguments(x, kernel_size, stride, padding, 1)
     del attrs["dilation"]
     y = apply("avg_pool2d", x, name=name, **attrs)[0]
     if count_include_pad or not any(map(any, attrs["padding"])):
@@ -119,8 +122,8 @@ def global_avg_pool2d(x: Value, name: str | None = None) -> Value:
 def _arguments(x: Value, kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> Attrs:
     kernel, dilation = pair(kernel_size, "kernel_size"), pair(dilation, "dilation")
     stride = kernel if stride is None else pair(stride, "stride")
-    sizes = x.shape[2:] if x.rank == 4 else (1, 1)
-    padding = padding_pairs(padding, sizes, kernel, stride, dilation)
+    image = x.shape[2:] if x.rank == 4 else (1, 1)
+    padding = padding_pairs(padding, image, kernel, stride, dilation)
     return {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
 
 
@@ -233,12 +236,10 @@ def _geometry(node: Node) -> Attrs:
 
 
 def _vjp_max(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
-    x, geometry = node.inputs[0], _geometry(node)
-    return (
-        max_unpool2d(
-            cotangents[0], max_pool2d_argmax(x, **geometry), input_shape=x.shape, **geometry
-        ),
-    )
+    x, g, geometry = node.inputs[0], cotangents[0], _geometry(node)
+    assert g is not None
+    argmax = max_pool2d_argmax(x, **geometry)
+    return (max_unpool2d(g, argmax, input_shape=sizes(x), **geometry),)
 
 
 def _vjp_argmax(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
@@ -246,20 +247,27 @@ def _vjp_argmax(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Valu
 
 
 def _vjp_unpool(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
-    return max_pool2d_gather(cotangents[0], node.inputs[1], **_geometry(node)), None
+    c = cotangents[0]
+    assert c is not None
+    return max_pool2d_gather(c, node.inputs[1], **_geometry(node)), None
 
 
 def _vjp_gather(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
-    x, argmax = node.inputs
-    return max_unpool2d(cotangents[0], argmax, input_shape=x.shape, **_geometry(node)), None
+    (x, argmax), g = node.inputs, cotangents[0]
+    assert g is not None
+    return max_unpool2d(g, argmax, input_shape=sizes(x), **_geometry(node)), None
 
 
 def _vjp_avg(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
-    return (avg_pool2d_grad(cotangents[0], input_shape=node.inputs[0].shape, **_geometry(node)),)
+    x, g = node.inputs[0], cotangents[0]
+    assert g is not None
+    return (avg_pool2d_grad(g, input_shape=sizes(x), **_geometry(node)),)
 
 
 def _vjp_avg_grad(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
-    return (apply("avg_pool2d", cotangents[0], **_geometry(node))[0],)
+    c = cotangents[0]
+    assert c is not None
+    return (apply("avg_pool2d", c, **_geometry(node))[0],)
 
 
 # ---- lowering

@@ -18,7 +18,7 @@ from graphc.expr import Expr, Index
 from graphc.ir import Dimension, Node, TensorType, Value
 from graphc.ops.compare import cast, eq, where
 from graphc.ops.elementwise import div, mul, square, sub
-from graphc.ops.pointwise import chain_rule, check_dtype, draw
+from graphc.ops.pointwise import chain_rule, check_dtype, draw, whole_numbers
 from graphc.ops.registry import Attrs, Lowering, OpDef, Sample, apply, register
 
 __all__ = ["sum", "mean", "max", "min", "prod", "var", "argmax"]
@@ -223,8 +223,10 @@ def _argmax_evaluate(arrays: list[np.ndarray], attrs: Attrs) -> list[np.ndarray]
 
 
 def _samples(
-    *, nonempty: bool = False, axes: Iterable[Any] | None = None, **attrs: Any
-) -> Callable:
+    kind: str = "number", *, nonempty: bool = False, identity: bool = True, **attrs: Any
+) -> Callable[[], list[Sample]]:
+    """Samples for a reduction; `nonempty`: of at least one element, `identity`: also over no axis."""
+
     def samples() -> list[Sample]:
         cases = [
             ((), ()),
@@ -233,12 +235,15 @@ def _samples(
             ((2, 17), (0,)),
             ((2, 3, 4, 1), (0, 2, 3)),
             ((3, 5), (0, 1)),
+            ((0, 3), (1,)),
         ]
-        cases += [((2, 3), ())] if axes is None else []
-        cases += [((0, 3), (1,))] if nonempty else [((0, 3), (0,)), ((0, 3), (1,))]
+        cases += [((2, 3), ())] if identity else []
+        cases += [] if nonempty else [((0, 3), (0,))]
+        arrays = [(draw(shape), axis) for shape, axis in cases]
+        arrays += [(whole_numbers(3, 2, 5), (0, 2))] if kind == "number" else []
         return [
-            Sample((draw(shape),), {"axis": axis, "keepdims": keepdims, **attrs})
-            for shape, axis in cases
+            Sample((array,), {"axis": axis, "keepdims": keepdims, **attrs})
+            for array, axis in arrays
             for keepdims in (False, True)
         ]
 
@@ -265,7 +270,7 @@ register(
         decompose=lambda node, inputs: [
             div(sum(inputs[0], node.attrs["axis"], node.attrs["keepdims"]), float(_count(node)))
         ],
-        samples=_samples(),
+        samples=_samples("float"),
     )
 )
 register(
@@ -307,7 +312,7 @@ register(
         lower=None,
         decompose=_var_decompose,
         samples=lambda: [
-            *_samples(correction=0)(),
+            *_samples("float", correction=0)(),
             Sample((draw((3, 7)),), {"axis": (1,), "keepdims": False, "correction": 1}),
             Sample((draw((3, 7)),), {"axis": (0, 1), "keepdims": True, "correction": 1}),
         ],
@@ -320,6 +325,6 @@ register(
         evaluate=_argmax_evaluate,
         vjp=None,
         lower=_lower("argmax"),
-        samples=_samples(nonempty=True, axes=()),
+        samples=_samples(nonempty=True, identity=False),
     )
 )

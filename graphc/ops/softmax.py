@@ -140,18 +140,22 @@ def _decompose_logsumexp(node: Node, operands: tuple[Value, ...]) -> Sequence[Va
 def _vjp_softmax(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
     """dy = y * (dx - sum(y * dx)), whose matrix is symmetric."""
     y, g, axis = node[0], cotangents[0], node.attrs["axis"]
+    assert g is not None
     return (mul(y, sub(g, reduce_sum(mul(g, y), axis=axis, keepdims=True))),)
 
 
 def _vjp_log_softmax(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
     y, g, axis = node[0], cotangents[0], node.attrs["axis"]
+    assert g is not None
     return (sub(g, mul(exp(y), reduce_sum(g, axis=axis, keepdims=True))),)
 
 
 def _vjp_logsumexp(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
     x, axes = node.inputs[0], node.attrs["axis"]
     kept = tuple(1 if i in axes else d for i, d in enumerate(x.shape))
-    y, g = (v if v.shape == kept else reshape(v, kept) for v in (node[0], cotangents[0]))
+    g = cotangents[0]
+    assert g is not None
+    y, g = (v if v.shape == kept else reshape(v, kept) for v in (node[0], g))
     return (mul(g, exp(sub(x, y))),)
 
 

@@ -7,7 +7,8 @@ Everything here is per axis, so that the height and the width may differ in ever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from graphc import errors
 from graphc.expr import Expr, Index
-from graphc.ir import Dimension, TensorType
+from graphc.ir import Dimension, TensorType, Value
 from graphc.ops.registry import Attrs, Lowering
 
 Pair = tuple[int, int]
@@ -26,7 +27,17 @@ Bound = tuple[Index, int]
 # ---- arguments as users write them
 
 
-def pair(value: int | Sequence[int], what: str, least: int = 1) -> Pair:
+@contextlib.contextmanager
+def naming(op: str, name: str | None, x: Value) -> Iterator[None]:
+    """Errors raised inside say which call they are about: a node's arguments precede the node."""
+    try:
+        yield
+    except errors.DeclarationError as error:
+        call = f"{name} ({op})" if name else op
+        raise type(error)(f"{call} of input {x.name!r} {x.type}: {error}") from None
+
+
+def pair(value: Any, what: str, least: int = 1) -> Pair:
     """`3` or `(3, 3)` as two ints >= `least`. Raises ShapeError."""
     items = (value, value) if isinstance(value, (int, np.integer)) else value
     try:

@@ -1,0 +1,269 @@
+"""Decide how every value lies in memory, and insert the conversions that follow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from graphc.ir import ROWS, Graph, Layout, Node, Value
+from passes.base import Pass, note
+from passes.fuse import CONTRACTIONS
+
+BATCH, CHANNELS, PLAIN = "batch", "channels", "rows"
+
+
+@dataclass(frozen=True)
+class AssignLayouts(Pass):
+    """Choose row-major, batch-in-lanes or channels-in-lanes layouts for the values of a fused graph.
+
+    Requires: fused regions, int dimensions; `graph.annotations["batch"]` is the batch size. Ensures:
+    every value has a layout in which its kernel can be lowered; inputs and outputs are row-major;
+    conversions are regions of kind `convert_layout`. Parameters and states keep their layout from step
+    to step: only reading and loading them converts.
+
+    The modes (`mode=None` takes the cheapest by `_cost`):
+    - batch: images of a batch side by side in the lanes. Every channel count fills the vectors and
+      weights are scalars; needs a batch that is a multiple of the lanes.
+    - channels: output channels in the lanes; weights lie in blocks of output channels.
+    - rows: all row-major.
+    """
+
+    lanes: int
+    mode: str | None = None
+    can_lower: Callable[[Node], bool] = lambda node: True
+
+    def run(self, graph: Graph) -> Graph:
+        batch = graph.annotations.get("batch")
+        costs = {m: _cost(graph, m, self.lanes, batch) for m in (BATCH, CHANNELS, PLAIN)}
+        mode = self.mode or min(costs, key=costs.__getitem__)
+        new = _Assign(graph, mode, self.lanes, batch, self.can_lower).run()
+        new.annotations["layouts"] = (mode, costs)
+        note(new, f"{mode} in lanes; predicted " + ", ".join(f"{m} {c:.3g}" for m, c in costs.items()))
+        return new
+
+
+def contraction(node: Node) -> Node | None:
+    """The contraction inside a fused region."""
+    if node.op != "fused":
+        return None
+    return next((n for n in node.attrs["body"] if n.op in CONTRACTIONS), None)
+
+
+def _cost(graph: Graph, mode: str, lanes: int, batch: int | None) -> float:
+    """Multiply-adds, weighted by how badly a layout fills the lanes. Infinite where it cannot be used."""
+    if mode == BATCH and (not batch or batch % lanes):
+        return math.inf
+    total = 0.0
+    for node in graph:
+        inner = contraction(node)
+        if inner is None:
+            continue
+        work = _multiply_adds(inner)
+        if mode == BATCH:
+            total += work
+        elif inner.op == "matmul":
+            total += work * (1.15 if mode == CHANNELS else 1.6)
+        elif mode == PLAIN:
+            total += work * 1.6
+        else:
+            weight = inner.attrs.get("weight_shape") or inner.inputs[1].shape
+            channels = weight[1] * inner.attrs["groups"] if inner.op == "conv2d_input_grad" else weight[0]
+            grouped = 4.0 if inner.attrs["groups"] > 1 else 1.0
+            # Below the lanes' width batch in lanes wins; for wide layers its working set is larger.
+            total += work * grouped * (-(-channels // lanes) * lanes / channels) * 0.95
+    return total
+
+
+def _multiply_adds(node: Node) -> float:
+    out = math.prod(node.types[0].shape)
+    if node.op == "matmul":
+        return out * node.inputs[0].shape[-1]
+    if node.op == "conv2d":
+        return out * math.prod(node.inputs[1].shape[1:])
+    g, weight = (node.inputs[1], node.attrs["weight_shape"]) if node.op == "conv2d_weight_grad" else (
+        node.inputs[0],
+        node.inputs[1].shape,
+    )
+    return math.prod(g.shape) * math.prod(weight[1:])
+
+
+class _Assign:
+    def __init__(self, graph: Graph, mode: str, lanes: int, batch: int | None, can_lower):
+        self.graph, self.mode, self.lanes, self.batch, self.can_lower = graph, mode, lanes, batch, can_lower
+        self.new = Graph(graph.name)
+        self.new.annotations = dict(graph.annotations)
+        self.mapping: dict[Value, Value] = {}
+        self.batched: set[Value] = set()
+        self.converted: dict[tuple[Value, Layout], Value] = {}
+        self.weights = self._weight_layouts()
+
+    def run(self) -> Graph:
+        outputs = set(self.graph.outputs.values())
+        updates = {v: self.graph.node(name) for name, v in self.graph.updates.items()}
+        for node in self.graph:
+            inputs = tuple(self.mapping[v] for v in node.inputs)
+            if node.op == "fused":
+                copy = self._region(node, inputs, updates)
+            elif node.op == "reshape":
+                copy = self._alias(node, inputs)
+            else:
+                copy = self.new.copy_node(node, inputs)
+                copy.layouts = (self._source_layout(node),)
+            for old, value in zip(node.outputs, copy.outputs, strict=True):
+                self.mapping[old] = value
+                if self._is_batched(node, old):
+                    self.batched.add(value)
+        for name, value in self.graph.outputs.items():
+            self.new.outputs[name] = self.convert(self.mapping[value], ROWS)
+        for name, value in self.graph.updates.items():
+            target = self.new.node(name)[0].layout
+            self.new.updates[name] = self.convert(self.mapping[value], target)
+        del outputs
+        return self.new
+
+    def _is_batched(self, node: Node, value: Value) -> bool:
+        """Whether axis 0 of a value counts the images of the batch."""
+        if self.batch is None or not value.shape or value.shape[0] != self.batch:
+            return False
+        if node.op == "input":
+            return True
+        if node.op in ("parameter", "state", "constant"):
+            return False
+        inner = contraction(node)
+        if inner is not None and inner.op == "conv2d_weight_grad":
+            return False
+        if inner is not None and inner.op == "matmul":
+            left = inner.inputs[0]
+            return left.node.op == "input" and self._operand(node, left) in self.batched
+        return any(self.mapping[v] in self.batched for v in node.inputs)
+
+    def _operand(self, node: Node, value: Value) -> Value:
+        names = list(node.attrs["body"].inputs)
+        return self.mapping[node.inputs[names.index(value.node.name)]]
+
+    # ---- layouts
+
+    def _lane(self, axis: int) -> Layout:
+        return Layout(axis, self.lanes)
+
+    def _source_layout(self, node: Node) -> Layout:
+        kind = node.types[0]
+        if node.op == "input":
+            # A vector with full blocks lies in memory the same way in both layouts.
+            vector = kind.rank == 1 and self.mode == BATCH and kind.shape[0] == self.batch
+            return self._lane(0) if vector and kind.shape[0] % self.lanes == 0 else ROWS
+        return self.weights.get(node.name, ROWS)
+
+    def _weight_layouts(self) -> dict[str, Layout]:
+        """Parameters that contractions read with output channels in lanes, and what is updated with them."""
+        if self.mode != CHANNELS:
+            return {}
+        found: dict[str, Layout] = {}
+        for node in self.graph:
+            inner = contraction(node)
+            if inner is None or inner.op not in ("conv2d", "matmul"):
+                continue
+            right = inner.inputs[1]
+            if inner.op == "matmul":
+                if right.node.op != "transpose" or right.rank != 2:
+                    continue
+                right = right.node.inputs[0]
+            if right.node.op != "input":
+                continue
+            names = list(node.attrs["body"].inputs)
+            operand = node.inputs[names.index(right.node.name)]
+            if operand.node.op == "parameter" and operand.shape[0] > 1:
+                found[operand.node.name] = self._lane(0)
+        for name in list(found):
+            for state in self.graph.states:
+                if state.startswith(f"optimizer.{name}."):
+                    found[state] = self._lane(0)
+        return found
+
+    def _alias(self, node: Node, inputs: tuple[Value, ...]) -> Node:
+        (value,) = inputs
+        before, after = value.shape, node.types[0].shape
+        keeps = value.layout.lane_axis == 0 and after and before[0] == after[0]
+        if value.layout != ROWS and not keeps:
+            value = self.convert(value, ROWS)
+        copy = self.new.copy_node(node, (value,))
+        copy.layouts = (value.layout,)
+        return copy
+
+    def _region(self, node: Node, inputs: tuple[Value, ...], updates: dict[Value, Node]) -> Node:
+        inner = contraction(node)
+        if inner is not None:
+            inputs = self._contraction_operands(node, inner, inputs)
+        copy = self.new.copy_node(node, inputs)
+        copy.layouts = tuple(self._result_layout(node, value, updates) for value in node.outputs)
+        if not self.can_lower(copy):
+            copy.layouts = (ROWS,) * len(copy.types)
+            if not self.can_lower(copy):
+                plain = tuple(self.convert(v, ROWS) for v in inputs)
+                # The region is added again with row-major operands; the first copy has no readers.
+                copy = self._again(copy, plain)
+        return copy
+
+    def _again(self, copy: Node, inputs: tuple[Value, ...]) -> Node:
+        self.new.nx.remove_node(copy.name)
+        fresh = self.new.copy_node(copy, inputs)
+        fresh.layouts = (ROWS,) * len(fresh.types)
+        return fresh
+
+    def _result_layout(self, node: Node, value: Value, updates: dict[Value, Node]) -> Layout:
+        if value in updates:
+            return self.weights.get(updates[value].name, ROWS)
+        shape = value.shape
+        inner = contraction(node)
+        if self.mode == BATCH:
+            return self._lane(0) if self._is_batched(node, value) else ROWS
+        if self.mode == CHANNELS:
+            if inner is not None and inner.op == "conv2d_weight_grad":
+                return self._lane(0) if shape[0] > 1 else ROWS
+            if len(shape) == 4 and shape[1] > 1 and self._is_batched(node, value):
+                return self._lane(1)
+            target = self._gradient_of(value)
+            if target is not None:
+                return target
+        return ROWS
+
+    def _gradient_of(self, value: Value) -> Layout | None:
+        """The layout of the parameter whose update reads a value of the same shape."""
+        for user, _ in self.graph.users(value):
+            for operand in user.inputs:
+                if operand.node.name in self.weights and operand.shape == value.shape:
+                    return self.weights[operand.node.name]
+        return None
+
+    def _contraction_operands(self, node: Node, inner: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
+        """Bring images that a contraction reads into the lanes of the mode."""
+        names = list(node.attrs["body"].inputs)
+        images = {v.node.name for v in inner.inputs if v.node.op == "input"}
+        converted = []
+        for name, value in zip(names, inputs, strict=True):
+            if name in images and value in self.batched and value.layout == ROWS:
+                if self.mode == BATCH:
+                    value = self.convert(value, self._lane(0))
+                elif self.mode == CHANNELS and value.rank == 4 and value.shape[1] >= self.lanes:
+                    value = self.convert(value, self._lane(1))
+            converted.append(value)
+        return tuple(converted)
+
+    def convert(self, value: Value, layout: Layout) -> Value:
+        """The same value in another layout, through a copy that all readers share."""
+        if value.layout == layout or (layout == ROWS and value.rank == 1 and value.shape[0] % value.layout.lanes == 0):
+            return value
+        key = (value, layout)
+        if key not in self.converted:
+            body = Graph("convert_layout")
+            operand = body.input("operand0", value.shape, value.dtype)
+            body.output(result0=body.add("expand", (operand,), {"shape": value.shape})[0])
+            with self.new.origin(value.node.origin):
+                attrs = {"body": body, "kind": "convert_layout", "outer": value.shape}
+                node = self.new.add("fused", (value,), attrs, name=f"{value.node.name}.{'rows' if layout == ROWS else 'lanes'}")
+            node.layouts = (layout,)
+            self.converted[key] = node[0]
+            if value in self.batched:
+                self.batched.add(node[0])
+        return self.converted[key]

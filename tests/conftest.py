@@ -1,0 +1,58 @@
+"""Shared by all tests: verified passes, reproducible Hypothesis, golden files, skips."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Every pass checks the graph it leaves. Set before graphc is imported.
+os.environ.setdefault("GRAPHC_VERIFY", "1")
+
+settings.register_profile(
+    "graphc",
+    deadline=None,  # the first example may compile
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("graphc")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A generator with the same seed in every test."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """`golden(name, text)` compares text with tests/golden/name; `--update-golden` rewrites it."""
+
+    def check(name: str, text: str) -> None:
+        path = GOLDEN / name
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        assert path.exists(), f"{path} is missing: run pytest --update-golden and review it"
+        assert text == path.read_text(), f"differs from {path}: run pytest --update-golden"
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def torch():
+    """PyTorch, or a skip."""
+    module = pytest.importorskip("torch")
+    module.set_num_threads(1)
+    return module
