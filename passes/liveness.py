@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from graphc.ir import SOURCES, Graph, Node, Value
 
 ALIGNMENT = 64
-# Operators that only rename the axes of row-major data: their result is their operand's memory.
+# Operators that only rename the axes of data: their result is their operand's memory.
 VIEWS = ("reshape",)
 
 SizeOf = Callable[[Value], int]

@@ -21,8 +21,11 @@ from passes.liveness import (
     updated_in_place,
 )
 
-# How often a plan above the bound is tried again with the storages that overran it placed first.
+# How often a plan above the bound is tried again with the storages that overran it placed first,
+# and how many placements all tries together may take: about a second.
 _RETRIES = 24
+_PLACEMENTS = 12000
+_HUGE = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
@@ -174,8 +177,8 @@ def place(pieces: Sequence[Storage], live: Sequence[int]) -> list[int]:
     Inference, section 5): storages are placed one by one in the smallest gap between those that
     live at the same time. The order decides: by size, by breadth (those live at the fullest
     positions first), by area, and by position are all tried. While the best is above the bound, the
-    storages that stick out are moved to the front and placed again. n storages cost O(n) NumPy
-    operations an order.
+    storages that stick out are moved to the front and placed again. Each placement scans the n
+    storages with a few NumPy operations; large n get fewer tries, two at least.
     """
     if not pieces:
         return []
@@ -190,7 +193,8 @@ def place(pieces: Sequence[Storage], live: Sequence[int]) -> list[int]:
     ]
     best: list[int] = []
     best_size, best_order = -1, list(range(len(pieces)))
-    for key in orders:
+    tries = max(2, _PLACEMENTS // len(pieces))
+    for key in orders[:tries]:
         order = sorted(range(len(pieces)), key=key)
         offsets, size = _best_fit(pieces, order)
         if best_size < 0 or size < best_size:
@@ -198,7 +202,7 @@ def place(pieces: Sequence[Storage], live: Sequence[int]) -> list[int]:
         if best_size == bound:
             return best
     order, offsets = best_order, best
-    for _ in range(_RETRIES):
+    for _ in range(min(_RETRIES, tries - len(orders))):
         over = [i for i in order if offsets[i] + pieces[i].size > bound]
         moved = set(over)
         order = over + [i for i in order if i not in moved]
@@ -223,7 +227,8 @@ def _best_fit(pieces: Sequence[Storage], order: Sequence[int]) -> tuple[list[int
         if piece.size == 0:
             continue
         together = (first[:placed] <= piece.last) & (last[:placed] >= piece.first)
-        offset = _smallest_gap(begin[:placed][together], end[:placed][together], piece.size)
+        taken = np.flatnonzero(together)
+        offset = _smallest_gap(begin.take(taken), end.take(taken), piece.size)
         at = int(np.searchsorted(begin[:placed], offset))
         for column, item in (
             (first, piece.first),
@@ -243,12 +248,12 @@ def _smallest_gap(begin: np.ndarray, end: np.ndarray, size: int) -> int:
     """Start of the smallest gap of at least `size` bytes below, between or above taken ranges."""
     if not len(begin):
         return 0
-    covered = np.concatenate(([0], np.maximum.accumulate(end)))
+    covered = np.zeros(len(end) + 1, np.int64)
+    np.maximum.accumulate(end, out=covered[1:])
     gaps = begin - covered[:-1]
-    fits = gaps >= size
-    if not fits.any():
-        return int(covered[-1])
-    return int(covered[int(np.argmin(np.where(fits, gaps, np.iinfo(np.int64).max)))])
+    gaps[gaps < size] = _HUGE
+    smallest = int(gaps.argmin())
+    return int(covered[smallest if gaps[smallest] < _HUGE else -1])
 
 
 def _bytes(size: int) -> str:

@@ -156,7 +156,9 @@ def _loss(values: list, namespace: Any) -> Any:
 def run_torch(recipe: Recipe, arrays: dict[str, np.ndarray]) -> tuple[float, dict[str, np.ndarray]]:
     """The loss and its gradients by PyTorch in float64."""
     torch = _torch()
-    sources = [torch.tensor(arrays[name], dtype=torch.float64, requires_grad=True) for name in SHAPES]
+    sources = [
+        torch.tensor(arrays[name], dtype=torch.float64, requires_grad=True) for name in SHAPES
+    ]
     values = _run(recipe, sources, lambda v: v.mean(), lambda op: op.torch)
     loss = _loss(values, torch)
     gradients = torch.autograd.grad(loss, sources, allow_unused=True)

@@ -1,4 +1,4 @@
-"""Runs `lower` rules in plain Python, an output element at a time: the scalar language's meaning."""
+"""Runs `lower` rules in plain Python, one element at a time: the scalar language's meaning."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class ScalarEvaluator:
         if e.op == "read":
             at, array = e.attributes["index"], self.operands[e.attributes["slot"]]
             assert all(0 <= i < d for i, d in zip(at, array.shape, strict=True)), (
-                f"{self.node.op}: operand {e.attributes['slot']} {array.shape} read outside, at {at}"
+                f"{self.node.op}: operand {e.attributes['slot']} of {array.shape} read at {at}"
             )
             return array[at]
         if e.op == "within":

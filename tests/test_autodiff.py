@@ -185,7 +185,11 @@ def test_only_the_path_is_differentiated():
     added = [node.op for node in graph if node.name not in before]
     assert "tanh" not in added and "exp" not in added
     assert added.count("mul") <= 2
-    assert all(graph.nx.out_degree(node.name) or node.op == "mul" for node in graph if node.name not in before)
+    assert all(
+        graph.nx.out_degree(node.name) or node.op == "mul"
+        for node in graph
+        if node.name not in before
+    )
 
 
 def test_independent_values_get_zeros_or_none():
@@ -237,7 +241,10 @@ def test_errors_say_what_to_change():
     graph = x.graph
     label = graph.input("label", (4,), dtype="int32")
     h = ops.tanh(x, name="hidden")
-    with pytest.raises(errors.GradientError, match=r"^hidden \(tanh, test_autodiff.py:\d+\).*f32\[4,3\] is not a scalar.*gc.mean or gc.sum$"):
+    with pytest.raises(
+        errors.GradientError,
+        match=r"^hidden \(tanh, test_autodiff.py:\d+\).*f32\[4,3\] is not a scalar.*gc.mean or gc.sum$",
+    ):
         differentiate(graph, h, [x])
     loss = ops.sum(h)
     with pytest.raises(errors.GradientError, match=r"'label' i32\[4\] has no gradient"):
@@ -250,7 +257,10 @@ def test_errors_say_what_to_change():
         differentiate(graph, h, [x], seed=loss)
     choice = ops.argmax(x, axis=1, name="choice")
     picked = ops.sum(ops.cast(choice, "float32"))
-    with pytest.raises(errors.GradientError, match=r"^choice \(argmax, test_autodiff.py:\d+\): the chain rule of argmax is not defined"):
+    with pytest.raises(
+        errors.GradientError,
+        match=r"^choice \(argmax, test_autodiff.py:\d+\): the chain rule of argmax is not defined",
+    ):
         differentiate(graph, picked, [x])
     graph.output(loss=loss)
     with pytest.raises(errors.NameLookupError, match="did you mean 'label'"):
@@ -267,5 +277,7 @@ def test_a_wrong_chain_rule_is_named(monkeypatch):
     monkeypatch.setattr(
         registry, "get", lambda n: replace(get(n), vjp=lambda node, g: [ops.sum(node.inputs[0])])
     )
-    with pytest.raises(errors.GradientError, match=r"the chain rule of sum returned f32\[\] for operand 0"):
+    with pytest.raises(
+        errors.GradientError, match=r"the chain rule of sum returned f32\[\] for operand 0"
+    ):
         differentiate(graph, loss, [x])

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import math
 
 import numpy as np
 import op_checks
 import pytest
 import torch_functions
+from hypothesis import given
+from hypothesis import strategies as st
 from op_checks import Case
 
 from graphc import ops
-from graphc.ops.registry import all_ops
+from graphc.ops.registry import Sample, all_ops
 
 # Without a chain rule, on purpose: a position is no smooth function of the operand.
 NOT_DIFFERENTIABLE = {"argmax"}
@@ -88,6 +91,24 @@ def test_torch(case, torch):
 @pytest.mark.parametrize("case", torch_functions.EDGE_CASES, ids=str)
 def test_torch_at_the_edges(case, torch):
     torch_functions.check(torch, case)
+
+
+FACTORS = st.lists(st.sampled_from([1, 2, 3]), min_size=1, max_size=4)
+
+
+@given(FACTORS, st.randoms(use_true_random=False))
+def test_reshape_lowers_between_any_two_shapes(shape, random):
+    # Group the prime factors, in another order, into another shape of the same volume.
+    factors = list(shape)
+    random.shuffle(factors)
+    target = [1]
+    for factor in factors:
+        if random.random() < 0.5:
+            target.append(factor)
+        else:
+            target[-1] *= factor
+    array = np.arange(math.prod(shape), dtype=np.float64).reshape(shape)
+    op_checks.check_lower(Case("reshape", 0, Sample((array,), {"shape": tuple(target)})), "float64")
 
 
 def test_all_names_are_exported():

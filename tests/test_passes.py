@@ -64,15 +64,15 @@ def test_every_pass_keeps_the_results(name, recipe, seed):
 def test_the_pipelines_keep_the_results(recipe, seed):
     graph = build(recipe)
     before = Autodiff("loss", tuple(SHAPES)).run(graph)
-    declared, _ = (Pipeline((SetMode(True),)) + FORWARD.with_options("eliminate_dead", keep_inputs=True)).run(graph, verify=True)
+    declared, _ = (
+        Pipeline((SetMode(True),)) + FORWARD.with_options("eliminate_dead", keep_inputs=True)
+    ).run(graph, verify=True)
     if "w" in declared:
         after, _ = Pipeline((Autodiff("loss", tuple(SHAPES)), *BACKWARD, *MEMORY)).run(
             declared, verify=True
         )
         assert_same_results(before, after, arrays(seed), rtol=1e-8)
-        assert all(
-            node.inputs == () or registry.get(node.op).decompose is None for node in after
-        )
+        assert all(node.inputs == () or registry.get(node.op).decompose is None for node in after)
 
 
 @settings(max_examples=25, deadline=None)
@@ -175,7 +175,9 @@ def convolution_block(bias=True):
     x = graph.input("x", (2, 3, 9, 8))
     w = graph.parameter("w", (4, 3, 3, 3))
     b = graph.parameter("b", (4,)) if bias else None
-    h = ops.max_pool2d(ops.relu(ops.conv2d(x, w, b, padding=1, name="conv")), 3, 2, padding=1, name="pool")
+    h = ops.max_pool2d(
+        ops.relu(ops.conv2d(x, w, b, padding=1, name="conv")), 3, 2, padding=1, name="pool"
+    )
     graph.output(loss=ops.sum(ops.mul(h, ops.sin(h))))
     return graph
 
@@ -184,7 +186,9 @@ def test_relu_and_bias_move_behind_the_pool_and_gradients_stay():
     graph = convolution_block()
     after, _ = Pipeline((Canonicalize(),)).run(graph, verify=True)
     order = compute(after)
-    assert order.index("conv2d") < order.index("max_pool2d") < order.index("add") < order.index("relu")
+    assert (
+        order.index("conv2d") < order.index("max_pool2d") < order.index("add") < order.index("relu")
+    )
     kept, _ = Pipeline((Canonicalize(move_pools=False),)).run(graph, verify=True)
     assert compute(kept) == compute(graph)
     rng = np.random.default_rng(0)
@@ -420,13 +424,17 @@ def test_pipelines_are_data_and_record_what_they_do():
     pipeline = pipeline.replaced("count", Decompose()).with_inserted(Count())
     pipeline = pipeline.with_inserted(Count(), before="decompose")
     assert pipeline.names[1:3] == ("count", "decompose") and pipeline.names[-1] == "count"
-    (step,) = (p for p in pipeline.with_options("canonicalize", sweeps=2) if isinstance(p, Canonicalize))
+    (step,) = (
+        p for p in pipeline.with_options("canonicalize", sweeps=2) if isinstance(p, Canonicalize)
+    )
     assert step.sweeps == 2
     with pytest.raises(errors.NameLookupError, match="no pass 'fuse'.*canonicalize"):
         pipeline.without("fuse")
     seen = []
     graph = one(lambda x: ops.add(ops.mean(x), 0.0))
-    after, records = pipeline.run(graph, observer=lambda record, g: seen.append((record.name, len(g))))
+    after, records = pipeline.run(
+        graph, observer=lambda record, g: seen.append((record.name, len(g)))
+    )
     assert tuple(r.name for r in records) == pipeline.names
     assert [name for name, _ in seen] == list(pipeline.names)
     assert records[0].notes == ("neutral_operand x1",)

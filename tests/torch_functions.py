@@ -15,12 +15,13 @@ from graphc.ops.registry import Sample
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{
         name: lambda t, a, b, f=name: getattr(t, f)(a, b)
-        for name in "add sub mul div pow maximum minimum lt le gt ge eq ne logical_and logical_or".split()
+        for name in "add sub mul div pow maximum minimum lt le gt ge eq ne logical_and "
+        "logical_or".split()
     },
     **{
         name: lambda t, x, f=name: getattr(t, f)(x)
-        for name in "neg abs sign square reciprocal sqrt rsqrt exp expm1 log log1p sin cos erf floor ceil "
-        "relu sigmoid tanh logical_not".split()
+        for name in "neg abs sign square reciprocal sqrt rsqrt exp expm1 log log1p sin cos erf "
+        "floor ceil relu sigmoid tanh logical_not".split()
     },
     "leaky_relu": lambda t, x, **a: t.nn.functional.leaky_relu(x, **a),
     "elu": lambda t, x, **a: t.nn.functional.elu(x, **a),
@@ -31,7 +32,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "clip": lambda t, x, **a: t.clamp(x, **a),
     "where": lambda t, c, a, b: t.where(c, a, b),
     "cast": lambda t, x, dtype: x.to(getattr(t, dtype)),
-    "sum": lambda t, x, axis, keepdims: t.sum(x, axis, keepdims) if axis else x * 1,
+    "sum": lambda t, x, axis, keepdims: t.sum(x, axis, keepdims, dtype=x.dtype) if axis else x * 1,
     "mean": lambda t, x, axis, keepdims: t.mean(x, axis, keepdims) if axis else x * 1,
     "max": lambda t, x, axis, keepdims: t.amax(x, axis, keepdims) if axis else x * 1,
     "min": lambda t, x, axis, keepdims: t.amin(x, axis, keepdims) if axis else x * 1,
@@ -53,7 +54,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 def _prod(t: Any, x: Any, axis: tuple[int, ...], keepdims: bool) -> Any:
     for a in reversed(axis):
-        x = t.prod(x, a, keepdim=keepdims)
+        x = t.prod(x, a, keepdim=keepdims, dtype=x.dtype)
     return x * 1
 
 

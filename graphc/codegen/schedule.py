@@ -19,6 +19,7 @@ _COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14)
 def choose_schedule(kernel: Kernel, lanes: int, threads: int) -> Schedule:
     """The schedule of a kernel whose results already have their layouts. May split loops of the kernel."""
     fixed = _bounded(kernel)
+    _collapse(kernel, fixed)
     lane = _choose_lane(kernel, lanes, fixed)
     tile = _choose_tile(kernel, lane, lanes, fixed) if lane or _main_reduction(kernel) else ()
     outer = [n for n in kernel.outer if n != lane]
@@ -43,11 +44,48 @@ def loads(kernel: Kernel) -> list[Expr]:
 
 def _bounded(kernel: Kernel) -> set[str]:
     """Loops that bounds checks look at: neither lanes nor tiles, whose elements would need checks each."""
-    return {n for e in kernel.expressions() if e.op == "within" for index, _ in e.attributes["bounds"] for n, _ in index.terms}
+    return {
+        n
+        for e in kernel.expressions()
+        if e.op == "within"
+        for index, _ in e.attributes["bounds"]
+        for n, _ in index.terms
+    }
 
 
 def _in_argmax(kernel: Kernel) -> set[str]:
-    return {n for e in kernel.expressions() if e.op == "reduce" and e.attributes["combine"] == "argmax" for n in e.attributes["loops"]}
+    return {
+        n
+        for e in kernel.expressions()
+        if e.op == "reduce" and e.attributes["combine"] == "argmax"
+        for n in e.attributes["loops"]
+    }
+
+
+def _collapse(kernel: Kernel, fixed: set[str]) -> None:
+    """Merge neighbouring outer loops that every access walks through without a gap.
+
+    Elementwise kernels become one flat loop, the same for every shape."""
+    if any(e.op in ("reduce", "position") for e in kernel.expressions()):
+        return
+    accesses = [e.attributes["access"] for e in loads(kernel)] + [s.access for s in kernel.stores]
+    lanes = {a.padded for a in accesses if a.padded}
+    position = 0
+    while position + 1 < len(kernel.outer):
+        first, second = kernel.outer[position], kernel.outer[position + 1]
+        extent = kernel.loops[second].extent
+        plain = not {first, second} & (fixed | lanes) and not any(kernel.loops[n].ragged for n in (first, second))
+        split = any(loop.block in (first, second) for loop in kernel.loops.values())
+        if plain and not split and all(a.stride(first) == a.stride(second) * extent for a in accesses):
+            merged = kernel.loops.pop(first).extent * extent
+            kernel.loops[second] = Loop(second, merged)
+            kernel.substitute({first: ()})
+        else:
+            position += 1
+    if len(kernel.outer) == 1 and not lanes:
+        name = kernel.outer[0]
+        kernel.loops["i"] = Loop("i", kernel.loops.pop(name).extent)
+        kernel.substitute({name: (("i", 1),)})
 
 
 # ---- lane
@@ -104,7 +142,11 @@ def split_lane(kernel: Kernel, name: str, lanes: int) -> str:
 
 def _main_reduction(kernel: Kernel) -> Expr | None:
     """The reduction that does most of the work, if there is one with a product."""
-    found = [e for e in kernel.expressions() if e.op == "reduce" and e.attributes["combine"] == "sum" and _factors(e)]
+    found = [
+        e
+        for e in kernel.expressions()
+        if e.op == "reduce" and e.attributes["combine"] == "sum" and _factors(e)
+    ]
     return max(found, key=lambda e: kernel.trips(kernel.free(e.args[0])), default=None)
 
 
@@ -133,17 +175,16 @@ def _choose_tile(kernel: Kernel, lane: str | None, lanes: int, fixed: set[str]) 
     main = _main_reduction(kernel)
     if main is None:
         return ()
-    left, right = (kernel.free(f) for f in _factors(main))
+    used = kernel.free(main)
     windows = _windows(kernel, main)
     if any(n in fixed or kernel.loops[n].ragged for n in windows):
         return ()
     base = [(n, kernel.loops[n].extent) for n in windows]
     blocks = {loop.block for loop in kernel.loops.values() if loop.ragged}
-    ragged = {n for n in kernel.outer if kernel.loops[n].ragged}
     candidates = [
         n
         for n in kernel.outer
-        if n not in (lane, *fixed, *ragged, *blocks) and kernel.loops[n].extent > 1 and n in left | right
+        if n not in (lane, *fixed, *blocks) and not kernel.loops[n].ragged and kernel.loops[n].extent > 1 and n in used
     ]
     # Ragged lanes of a padded layout need no tail, so their block loop may be unrolled.
     if lane and kernel.loops[lane].ragged and kernel.loops[lane].block in kernel.outer:
@@ -151,13 +192,14 @@ def _choose_tile(kernel: Kernel, lane: str | None, lanes: int, fixed: set[str]) 
         accesses = [e.attributes["access"] for e in loads(kernel)] + [s.access for s in kernel.stores]
         if all(a.padded == lane for a in accesses if a.stride(lane)) and kernel.loops[block].extent > 1:
             candidates.append(block)
-    registers = 32 if lanes in (4, 16) else 16
     best, best_cost = tuple(base), math.inf
-    for pair in itertools.combinations(range(len(candidates)), min(2, len(candidates))):
-        for counts in itertools.product(*[_options(kernel, candidates[p]) for p in pair]):
-            tile = [(candidates[p], c) for p, c in zip(pair, counts, strict=True) if c > 1]
-            tile = [t for n in kernel.outer for t in tile if t[0] == n] + base
-            cost = _tile_cost(kernel, tile, left, right, lane, registers)
+    for pair in itertools.combinations(candidates, min(2, len(candidates))):
+        for counts in itertools.product(*[_options(kernel, n) for n in pair]):
+            chosen = dict(zip(pair, counts, strict=True))
+            if math.prod(counts) * math.prod(c for _, c in base) > 32:
+                continue
+            tile = [(n, chosen[n]) for n in kernel.outer if chosen.get(n, 1) > 1] + base
+            cost = _tile_cost(kernel, main, tile, lane, lanes)
             if cost < best_cost - 1e-9:
                 best, best_cost = tuple(tile), cost
     return best
@@ -167,14 +209,63 @@ def _options(kernel: Kernel, loop: str) -> list[int]:
     return [c for c in _COUNTS if c <= kernel.loops[loop].extent]
 
 
-def _tile_cost(kernel: Kernel, tile, left: frozenset[str], right: frozenset[str], lane: str | None, registers: int) -> float:
-    """Cycles per useful multiply-add of the inner loop."""
-    accumulators = math.prod(c for _, c in tile)
-    a = math.prod(c for n, c in tile if n in left)
-    b = math.prod(c for n, c in tile if n in right)
+def _tile_cost(kernel: Kernel, main: Expr, tile, lane: str | None, lanes: int) -> float:
+    """Cycles per useful multiply-add, from instruction issue and from what the tile reads of the caches.
+
+    One tile runs the whole reduction: `steps` times `accumulators` multiply-adds."""
+    counts = dict(tile)
+    registers = 32 if lanes in (4, 16) else 16
+    loops = [n for n in main.attributes["loops"] if n != lane]
+    steps = kernel.trips(loops)
+    accumulators = math.prod(counts.values())
+    operands = [_operand(kernel, f) for f in _factors(main)]
+    loads, values, fresh, footprint = 0.0, [], 0.0, 0.0
+    inner = next((n for n in reversed(kernel.outer) if n != lane), None)
+    for accesses in operands:
+        used = math.prod(c for n, c in tile if any(a.stride(n) for a in accesses))
+        values.append(used)
+        for a in accesses:
+            width = lanes if lane and a.stride(lane) not in (0, 1) else 1
+            loads += used * width
+            size = _distinct(kernel, a, counts, loops) * (4 * lanes if lane and a.stride(lane) else 4)
+            footprint += size
+            if inner is not None and a.stride(inner):
+                step = counts.get(inner, 1)
+                more = _distinct(kernel, a, {**counts, inner: 2 * step}, loops) * (4 * lanes if lane and a.stride(lane) else 4)
+                fresh += more - size
     # Operands that are used once may be memory operands; the smaller side stays in registers.
-    need = accumulators + min(a, b) + (1 if max(a, b) > 1 else 0)
-    spill = max(0, need - registers)
-    cycles = max(accumulators / 2, (a + b) / 2, 4.0) + 0.5 + spill * 2.0
+    need = accumulators + min(values) + (1 if max(values) > 1 else 0)
+    spilled = max(0, need - registers)
+    issue = steps * (max(accumulators / 2, loads / 2, 4.0) + 0.5 + 2.0 * spilled)
+    memory = (footprint if footprint > _L1_BYTES else fresh) / _L2_BYTES_PER_CYCLE
+    # Each multiply-add chain starts and ends once a tile; stores to distant lines cost a little more.
+    outside = 15.0 + 1.5 * accumulators
     waste = math.prod(math.ceil(kernel.loops[n].extent / c) * c / kernel.loops[n].extent for n, c in tile)
-    return cycles / accumulators * waste
+    cycles = max(issue, memory) + 0.3 * min(issue, memory) + outside
+    return cycles / (accumulators * steps) * waste
+
+
+_L1_BYTES = 26_000
+_L2_BYTES_PER_CYCLE = 16.0
+
+
+def _operand(kernel: Kernel, factor: Expr) -> list[Access]:
+    """The memory accesses behind one factor of the product."""
+    found, stack = [], [factor]
+    while stack:
+        e = stack.pop()
+        if e.op == "load":
+            found.append(e.attributes["access"])
+        stack.extend(e.args)
+    return found
+
+
+def _distinct(kernel: Kernel, access: Access, counts: dict[str, int], loops: list[str]) -> float:
+    """Elements that one tile touches. Loops of one stride overlap (the sliding window of a convolution)."""
+    reach: dict[int, int] = {}
+    for n in [*counts, *loops]:
+        stride = access.stride(n)
+        if stride:
+            extent = counts[n] if n in counts else kernel.loops[n].extent
+            reach[stride] = reach.get(stride, 1) + extent - 1
+    return math.prod(reach.values())

@@ -141,9 +141,12 @@ def tile_fma(a_index: tuple[int, ...], b_index: tuple[int, ...]):
                 [adapt(value, dtype, lanes) for value in element_values(builder, ll, operand)]
                 for ll, operand in zip(values, operands)
             )
-            results = [
-                fma(left[i], right[j], total).ll for total, i, j in zip(sums, a_index, b_index)
-            ]
+            # One value of the larger operand at a time, the smaller stays in registers: LLVM keeps the
+            # order, and a tile that just fits the registers does not spill.
+            streamed = a_index if len(set(a_index)) > len(set(b_index)) else b_index
+            results = [None] * len(sums)
+            for k in sorted(range(len(sums)), key=streamed.__getitem__):
+                results[k] = fma(left[a_index[k]], right[b_index[k]], sums[k]).ll
             return make_tile(context, builder, dtype, lanes, results)
 
         return tile_type(dtype, lanes, len(a_index))(acc, a, b), codegen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+
 import numpy as np
 
 from graphc import errors
@@ -239,7 +240,9 @@ def _limit(x: Value, limit: float | None) -> float | None:
     if limit is None or x.type.is_float:
         return None if limit is None else float(limit)
     if limit != int(limit):
-        raise errors.DTypeError(f"clip of {x.name!r} {x.type}: the limit {limit!r} is not an integer")
+        raise errors.DTypeError(
+            f"clip of {x.name!r} {x.type}: the limit {limit!r} is not an integer"
+        )
     return int(limit)
 
 

@@ -55,8 +55,7 @@ def _swap(x: Value) -> Value:
 
 
 def _vjp(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
-    """d(AB) = dA B + A dB, so A's cotangent is G B^T and B's is A^T G, summed over broadcast batch
-    axes."""
+    """d(AB) = dA B + A dB: A's cotangent is G B^T, B's is A^T G, summed over broadcast axes."""
     a, b = node.inputs
     g = cotangents[0]
     assert g is not None
@@ -68,7 +67,7 @@ def _vjp(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | Non
     if matrix_b.rank == 2 and matrix_a.rank > 2:
         # One matrix for the whole batch: fold the batch into its rows instead of summing a product
         # per item.
-        rows = math.prod((*sizes(g)[:-2], sizes(matrix_a)[-2]))
+        rows = math.prod(sizes(g)[:-1])
         flat_a, flat_g = reshape(matrix_a, (rows, a.shape[-1])), reshape(g, (rows, full[-1]))
         grad_a, grad_b = matmul(flat_g, _swap(matrix_b)), matmul(_swap(flat_a), flat_g)
     else:

@@ -57,8 +57,9 @@ def operands(*items: Any) -> tuple[Value, ...]:
     for item in items:
         fractional = not isinstance(item, Value) and np.asarray(item).dtype.kind in "fc"
         if fractional and not like.type.is_float:
+            shown = repr(item) if np.ndim(item) == 0 else f"a float array {list(np.shape(item))}"
             raise errors.DTypeError(
-                f"{item!r} cannot become {like.dtype}, the dtype of {like.name!r} {like.type}; "
+                f"{shown} cannot become {like.dtype}, the dtype of {like.name!r} {like.type}; "
                 f"convert that with gc.cast(x, 'float32')"
             )
     return tuple(lift(x, like) for x in items)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -82,9 +83,18 @@ def _signed(word: int) -> int:
     return word - (1 << 32) if word >> 31 else word
 
 
-def _key(seed: int, stream: int) -> tuple[int, int, int]:
-    first, second = (seed ^ (seed >> 32)) & 0xFFFFFFFF, stream & 0xFFFFFFFF
+def key_schedule(first: int, second: int) -> tuple[int, int, int]:
+    """The key words and their parity, of which each fourth round takes two."""
     return first, second, first ^ second ^ _PARITY
+
+
+@lru_cache(maxsize=1024)
+def _key(seed: int, stream: int) -> tuple[int, int, int]:
+    """The key of a stream: its number encrypted with the 64-bit seed, so that no two collide."""
+    seed_key = key_schedule(seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
+    low, high = (np.array([w & 0xFFFFFFFF], dtype=np.uint32) for w in (stream, stream >> 32))
+    first, second = threefry(seed_key, low, high)
+    return key_schedule(int(first[0]), int(second[0]))
 
 
 def threefry(

@@ -225,7 +225,7 @@ def _argmax_evaluate(arrays: list[np.ndarray], attrs: Attrs) -> list[np.ndarray]
 def _samples(
     kind: str = "number", *, nonempty: bool = False, identity: bool = True, **attrs: Any
 ) -> Callable[[], list[Sample]]:
-    """Samples for a reduction; `nonempty`: of at least one element, `identity`: also over no axis."""
+    """Samples for a reduction. `nonempty`: over one element or more; `identity`: also over none."""
 
     def samples() -> list[Sample]:
         cases = [

@@ -242,20 +242,15 @@ def window_axes(
     kernel: Sequence[Dimension],
     attrs: Attrs,
 ) -> tuple[WindowAxis, WindowAxis]:
-    """The height's and the width's WindowAxis of an op with attributes stride, padding and
-    dilation."""
-    height, width = (
-        WindowAxis(
-            int(sizes[i]),
-            int(outputs[i]),
-            int(kernel[i]),
-            attrs["stride"][i],
-            *attrs["padding"][i],
-            attrs.get("dilation", (1, 1))[i],
-        )
-        for i in (0, 1)
-    )
-    return height, width
+    """The height's and the width's WindowAxis of an op with stride, padding and dilation."""
+
+    def axis(i: int) -> WindowAxis:
+        before, after = attrs["padding"][i]
+        size, output, taps = int(sizes[i]), int(outputs[i]), int(kernel[i])
+        dilation = attrs.get("dilation", (1, 1))[i]
+        return WindowAxis(size, output, taps, attrs["stride"][i], before, after, dilation)
+
+    return axis(0), axis(1)
 
 
 def sum_over_windows(

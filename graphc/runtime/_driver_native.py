@@ -257,6 +257,8 @@ def participate(request):
             seen = atomic_load(control + c.GENERATION)
             program = load(control + c.PROGRAM)
         if load(control + c.STOP) != 0:
+            if thread != 0:
+                atomic_add(control + c.LEFT, 1)  # the last use of the control block
             return
         drive(control, program, thread, threads)
         if thread == 0:

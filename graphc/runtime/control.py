@@ -37,6 +37,7 @@ PROGRAM: Final = 264  # address of thread 0's request; written before GENERATION
 STOP: Final = 272  # with the next GENERATION, workers leave their loop
 DONE: Final = 384  # workers that have finished the posted program
 SLEEPERS: Final = 512  # workers that are about to block, or block, on the condition variable
+LEFT: Final = 520  # workers that have left their loop for good
 
 # Constant once the team exists.
 THREADS: Final = 640

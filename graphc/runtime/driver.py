@@ -59,7 +59,13 @@ class Request:
     """
 
     def __init__(
-        self, participate: _Native, control: int, thread: int, table: int, rows: int, timing: int
+        self,
+        participate: _Native,
+        control: int,
+        thread: int,
+        table: int = 0,
+        rows: int = 0,
+        timing: int = 0,
     ) -> None:
         self._block = aligned_zeros(c.REQUEST_BYTES).view(np.int64)
         self._block[:5] = control, thread, table, rows, timing

@@ -21,15 +21,16 @@ next `run`. At interpreter exit workers are told to leave; one that cannot (it i
 another thread's `run` waits for) is harmless, since control block and code are never freed.
 """
 
+import _thread
 import atexit
-import contextlib
 import ctypes
+import itertools
 import os
 import sys
 import threading
 import time
 import weakref
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -88,12 +89,14 @@ class Team:
         self._participate = self._driver.participate
         self._words = aligned_zeros(c.CONTROL_BYTES, 128).view(np.int64)
         self._control: int = self._words.ctypes.data
-        # Never freed: see the module's docstring on exit.
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._words))
+        self._requests = [
+            Request(self._participate, self._control, thread) for thread in range(1, threads)
+        ]
+        for used_by_workers in (self._words, self._requests):  # never freed, see above
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(used_by_workers))
         self._lock = threading.Lock()
         self._running = False
-        self._workers: list[threading.Thread] = []
-        self._requests: list[Request] = []
+        self._workers: list[int] = []  # identifiers of running threads
         self._set_control()
         _teams.add(self)
 
@@ -109,51 +112,39 @@ class Team:
         """Runs a table once; `program` is faster for one that is run again."""
         Program(self, table, rows, timing).run()
 
-    def close(self, timeout: float = 60.0) -> None:
+    def close(self) -> None:
         """Ends the workers; the next `run` starts new ones. Waits for a run to finish first."""
-        if not self._lock.acquire(timeout=timeout):
-            return
-        try:
-            self._stop(timeout)
-        finally:
-            self._lock.release()
+        with self._lock:
+            self._stop()
 
     def _start(self) -> None:
         """Sets up the control block and starts the workers. With the lock held."""
-        self._stop(_EXIT_SECONDS)  # what an interrupted start or stop has left
+        self._stop()  # what an interrupted start or stop has left
         self._set_control()
-        for thread in range(1, self.threads):
-            request = Request(self._participate, self._control, thread, 0, 0, 0)
-            name = f"graphc-{thread}"
-            worker = threading.Thread(target=request.call, name=name, daemon=True)
-            # Noted before it starts: an interrupted `start` may have started it all the same.
-            self._requests.append(request)
-            self._workers.append(worker)
-            try:
-                worker.start()
-            except RuntimeError as error:
-                self._stop(_EXIT_SECONDS)
-                raise GraphcError(
-                    f"only {thread} of {self.threads} threads can be started ({error}): "
-                    "compile with a smaller threads="
-                ) from error
+        calls = [request.call for request in self._requests]
+        try:
+            # All in one call of a C function: a signal handler that raises cannot come between
+            # the start of a thread and its entry in the list. (`threading.Thread` can lose it.)
+            self._workers.extend(map(_thread.start_new_thread, calls, itertools.repeat(())))
+        except RuntimeError as error:
+            started = len(self._workers)
+            self._stop()
+            raise GraphcError(
+                f"only {started + 1} of {self.threads} threads can be started ({error}): "
+                "compile with a smaller threads="
+            ) from error
         self._running = True
 
-    def _stop(self, timeout: float) -> None:
+    def _stop(self) -> None:
         """Makes the workers leave the driver. They run no program now, so that takes no time."""
         self._running = False
         if self._workers:
             self._words[c.STOP // 8] = 1
-            request = Request(self._participate, self._control, 0, 0, 0, 0)
-            request.call()
-            deadline = time.monotonic() + timeout
-            # `enumerate` also lists threads that are just starting, which cannot be joined.
-            while not set(self._workers).isdisjoint(threading.enumerate()):
-                if time.monotonic() > deadline:
-                    raise GraphcError(f"a thread of a team of {self.threads} does not end")
-                time.sleep(0.0002)
-        self._workers = []
-        self._requests = []
+            stop = Request(self._participate, self._control, 0)
+            stop.call()
+            while self._words[c.LEFT // 8] < len(self._workers):
+                time.sleep(0.0001)
+            self._workers.clear()
 
     def _set_control(self) -> None:
         """The control block of a team at rest. No worker may be running."""
@@ -171,8 +162,7 @@ class Team:
         """In the child of a fork: only the thread that called `fork` exists there."""
         self._lock = threading.Lock()
         self._running = False
-        self._workers = []
-        self._requests = []
+        self._workers.clear()
 
 
 def _system_functions(control: int) -> dict[int, int]:
@@ -181,7 +171,7 @@ def _system_functions(control: int) -> dict[int, int]:
     Initialises mutex and condition variable in the control block.
     """
 
-    def address(function: object) -> int:
+    def address(function: Any) -> int:
         return ctypes.cast(function, ctypes.c_void_p).value or 0
 
     if sys.platform == "win32":
@@ -230,8 +220,12 @@ def _after_fork_in_child() -> None:
 
 def _close_all() -> None:
     for team in list(_teams):
-        with contextlib.suppress(Exception):
-            team.close(_EXIT_SECONDS)
+        # A daemon thread may be in a long program, or start one after the other: let it.
+        if team._lock.acquire(timeout=_EXIT_SECONDS):
+            try:
+                team._stop()
+            finally:
+                team._lock.release()
 
 
 if hasattr(os, "register_at_fork"):
