@@ -2,9 +2,9 @@
 
     python examples/backward_linear.py [--deepest 512] [--width 64] [--steps] [--plot FILE]
 
-Builds multilayer perceptrons of growing depth. For each: nodes that the chain rule appends, the time
-of the autodiff pass, and with --steps the time of one compiled training step (forward, backward and
-update). A straight line through the origin, time = c * depth, is what O(L) means.
+Builds multilayer perceptrons of growing depth. For each: the nodes that the chain rule appends, the
+time of the autodiff pass, and with --steps the time of one compiled training step (forward,
+backward and update). A straight line through the origin, time = c * depth, is what O(L) means.
 """
 
 from __future__ import annotations

@@ -1,1 +1,47 @@
-"""graphc: a deep-learning compiler in pure Python."""
+"""graphc: a deep-learning compiler in readable Python. Declare a network, compile it, run it.
+
+    import graphc as gc
+"""
+
+import importlib as _importlib
+
+from graphc import errors, nn, ops, optim
+from graphc.ir import Graph, Layout, TensorType, Value
+from graphc.ops import *  # noqa: F403
+from graphc.serialize import load, save
+
+# Imported when first used: compiling pulls in the runtime, pictures and data their own libraries.
+_LAZY = {"compile": "graphc.compile", "default_pipeline": "graphc.compile", "interpret": "graphc.interpreter"}
+_LAZY_MODULES = ("data", "interop", "train", "viz", "zoo")
+
+__version__ = "0.1.0"
+__all__ = [
+    "Graph",
+    "Layout",
+    "TensorType",
+    "Value",
+    "compile",
+    "data",
+    "default_pipeline",
+    "errors",
+    "interpret",
+    "load",
+    "nn",
+    "optim",
+    "save",
+    "train",
+    "viz",
+    "zoo",
+    *ops.__all__,
+]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        value = getattr(_importlib.import_module(_LAZY[name]), name)
+    elif name in _LAZY_MODULES:
+        value = _importlib.import_module(f"graphc.{name}")
+    else:
+        raise AttributeError(f"module 'graphc' has no attribute {name!r}")
+    globals()[name] = value
+    return value

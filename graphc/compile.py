@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from graphc import errors
 from graphc.ir import Graph, Value
+from graphc.optim import Optimizer
 from graphc.runtime.executable import Executable, InterpretedExecutable
 from passes.assign_layouts import AssignLayouts
 from passes.autodiff import differentiate
-from passes.base import Pipeline
+from passes.base import PassRecord, Pipeline
 from passes.explicit_padding import ExplicitPadding
 from passes.fuse import Fuse
 from passes.pipeline import BACKWARD, FORWARD, MEMORY
+from passes.plan_memory import PlanMemory
 from passes.set_mode import SetMode
 
 TARGETS = ("cpu", "interpret")
+PRECISIONS = ("float32", "strict")
+log = logging.getLogger("graphc.compile")
 
 
 def compile(
@@ -26,63 +34,155 @@ def compile(
     dims: Mapping[str, int] | None = None,
     loss: str | None = None,
     gradients: Sequence[str] = (),
-    optimizer=None,
+    optimizer: Optimizer | None = None,
     target: str = "cpu",
     threads: int | None = None,
+    precision: str = "float32",
     mode: str | None = None,
     check: bool = False,
     seed: int = 0,
     pipeline: Pipeline | None = None,
 ) -> Executable:
-    bound, records = transform(graph, outputs, dims or {}, loss, gradients, optimizer, mode, seed)
+    """Compile a graph into an executable that computes `outputs` in one native call.
+
+    outputs    names of outputs (or of any values) to return
+    dims       sizes of the symbolic dimensions, e.g. {"N": 64}
+    loss       name of the scalar to differentiate; needed for `gradients` and `optimizer`
+    gradients  names of parameters or inputs; each adds an output "grad:<name>"
+    optimizer  an optimizer of `gc.optim`: one call is a whole training step
+    target     "cpu" (native code) or "interpret" (NumPy references, the oracle)
+    threads    threads of one call; default: every core this process may use
+    precision  "float32"; "strict" forbids algorithms that round more than a direct convolution
+    mode       "train" or "infer", for batch norm and dropout; default: train where a loss is
+               differentiated, else infer
+    check      compare every kernel's results with the interpreter at each call; raises CheckError
+    seed       of initial parameters and dropout
+    pipeline   the passes between the joint graph and the plan, instead of `default_pipeline()`
+
+    Raises GraphcError subclasses, each naming the node and what to change.
+    """
+    _check_options(target, threads, precision, mode, outputs)
+    joint, records = transform(graph, outputs, dims or {}, loss, gradients, optimizer, mode, seed)
     if target == "interpret":
-        return InterpretedExecutable(bound, seed)
-    from graphc.codegen import simd
-    from graphc.codegen.program import can_lower, lower_graph, plan_launches
+        executable: Executable = InterpretedExecutable(joint, seed)
+        executable.records = records
+        return executable
+
+    from graphc.codegen import target as cpu_target
     from graphc.runtime.cpu import CpuExecutable
     from graphc.runtime.team import available_cores
 
-    lanes, threads = simd.host_lanes(), threads or available_cores()
-    passes = (ExplicitPadding(), Fuse(), AssignLayouts(lanes, can_lower=can_lower))
-    fused, more = Pipeline(passes).run(bound)
-    kernels = lower_graph(fused)
-    planned, final = MEMORY.run(fused)
-    launches = plan_launches(planned, kernels, lanes, threads)
-    executable = CpuExecutable(planned, launches, threads, seed)
+    threads = threads or available_cores()
+    fused, more = (pipeline or default_pipeline()).run(joint)
+    kernels = cpu_target.lower_graph(fused)
+    planned, final = (Pipeline((PlanMemory(reuse=False),)) if check else MEMORY).run(fused)
+    launches = cpu_target.plan_launches(planned, kernels, cpu_target.host_lanes(), threads)
+    executable = CpuExecutable(planned, launches, threads, seed, _progress(), check=check)
     executable.records = (*records, *more, *final)
     return executable
 
 
-def transform(graph, outputs, dims, loss, gradients, optimizer, mode, seed):
+def default_pipeline(layout: str | None = None) -> Pipeline:
+    """Shape the work for the CPU: padding, fusion, layouts. Edit it as data and pass `pipeline=`."""
+    from graphc.codegen import target as cpu_target
+
+    return Pipeline(
+        (
+            ExplicitPadding(),
+            Fuse(),
+            AssignLayouts(cpu_target.host_lanes(), layout, can_lower=cpu_target.can_lower),
+        )
+    )
+
+
+def transform(
+    graph: Graph,
+    outputs: Sequence[str],
+    dims: Mapping[str, int],
+    loss: str | None = None,
+    gradients: Sequence[str] = (),
+    optimizer: Optimizer | None = None,
+    mode: str | None = None,
+    seed: int = 0,
+) -> tuple[Graph, tuple[PassRecord, ...]]:
     """Bind, differentiate, add the optimizer and simplify: everything before targets differ."""
-    training = mode == "train" if mode else bool(loss or gradients or optimizer)
-    wanted = {name: graph.value(name) for name in [*outputs, *([loss] if loss else [])]}
+    if (gradients or optimizer) and loss is None:
+        raise errors.GradientError("gradients and optimizers need loss=...: the name of the scalar to differentiate")
+    names = [*outputs, *([loss] if loss else [])]
+    wanted = {name: graph.value(name).name for name in names}
     g = graph.copy()
-    g.outputs = {name: g.value(value.name) for name, value in wanted.items()}
-    symbolic = next((n.types[0].shape[0] for n in g.inputs.values() if n.types[0].rank and isinstance(n.types[0].shape[0], str)), None)
-    g = g.bind(dims)
-    g.annotations["batch"] = dims.get(symbolic)
+    g.outputs = {name: g.value(value) for name, value in wanted.items()}
+    batch = _batch_dimension(g)
+    g = _bind(g, dims)
+    g.annotations["batch"] = dims.get(batch) if batch else None
+
+    training = mode == "train" if mode else bool(gradients or optimizer)
     g, records = (Pipeline((SetMode(training, seed),)) + FORWARD).run(g)
-    start = len(g)
     if gradients or optimizer:
-        if loss is None:
-            raise errors.GradientError("gradients or an optimizer need loss=...: the name of the scalar to differentiate")
         trained = [n for n, p in g.parameters.items() if optimizer and p.attrs["trainable"]]
-        names = list(dict.fromkeys([*gradients, *trained]))
-        values = differentiate(g, g.value(loss), [g.value(n) for n in names])
+        wrt = list(dict.fromkeys([*gradients, *trained]))
+        start, values = len(g), [_source(g, graph, n) for n in wrt]
+        found: dict[str, Value] = dict(zip(wrt, differentiate(g, g.value(loss), values), strict=True))
         _mark(g, start, "backward")
-        found: dict[str, Value] = dict(zip(names, values, strict=True))
-        for name in gradients:
-            g.outputs[f"grad:{name}"] = found[name]
+        g.outputs |= {f"grad:{name}": found[name] for name in gradients}
         if optimizer:
             start = len(g)
             optimizer.apply(g, {n: found[n] for n in trained})
             _mark(g, start, "update")
-    g.outputs = {k: v for k, v in g.outputs.items() if k in outputs or k.startswith("grad:")}
+    keep = {*outputs, *(f"grad:{name}" for name in gradients)}
+    g.outputs = {k: v for k, v in g.outputs.items() if k in keep}
     g, more = BACKWARD.run(g)
     return g, (*records, *more)
+
+
+def _source(g: Graph, declared: Graph, name: str) -> Value:
+    """The value to differentiate by; the declared graph's error if there is none of that name."""
+    return g.value(name) if name in g or name in g.outputs else declared.value(name)
+
+
+def _bind(g: Graph, dims: Mapping[str, int]) -> Graph:
+    known = {d for n in g for t in n.types for d in t.shape if isinstance(d, str)}
+    unknown = sorted(set(dims) - known)
+    if unknown:
+        raise errors.UnboundDimensionError(
+            f"dims has {unknown[0]!r}, but graph {g.name!r} has {', '.join(sorted(known)) or 'no symbolic dimension'}"
+        )
+    return g.bind(dims)
+
+
+def _batch_dimension(g: Graph) -> str | None:
+    """The symbolic leading dimension of the inputs: the batch."""
+    leading = [n.types[0].shape[0] for n in g.inputs.values() if n.types[0].rank]
+    return next((d for d in leading if isinstance(d, str)), None)
 
 
 def _mark(graph: Graph, start: int, phase: str) -> None:
     for node in graph.nodes[start:]:
         node.origin = replace(node.origin, phase=phase)
+
+
+def _check_options(target: str, threads: Any, precision: str, mode: str | None, outputs: Sequence[str]) -> None:
+    if target not in TARGETS:
+        raise errors.CompileError(f"target={target!r}: this version compiles for {', '.join(map(repr, TARGETS))}")
+    if precision not in PRECISIONS:
+        raise errors.CompileError(f"precision={precision!r}: this version has {', '.join(map(repr, PRECISIONS))}")
+    if mode not in (None, "train", "infer"):
+        raise errors.CompileError(f"mode={mode!r}: use 'train', 'infer' or None")
+    if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= 256):
+        raise errors.CompileError(f"threads={threads!r}: use 1 to 256, or None for every core")
+    if isinstance(outputs, str) or not all(isinstance(o, str) for o in outputs):
+        raise errors.CompileError(f"outputs={outputs!r}: pass a list of names, e.g. outputs=['loss']")
+
+
+def _progress():
+    """On a terminal, one line that counts kernels while they compile, once that takes a while."""
+    started = time.perf_counter()
+
+    def report(done: int, total: int, seconds: float, name: str) -> None:
+        log.info("kernel %d/%d compiled after %.1f s: %s", done, total, seconds, name)
+        if sys.stderr.isatty() and time.perf_counter() - started > 0.5:
+            end = "\r" if done < total else "\n"
+            sys.stderr.write(f"graphc: kernel {done}/{total}, {seconds:.1f} s{end}")
+            sys.stderr.flush()
+
+    return report

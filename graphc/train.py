@@ -19,6 +19,7 @@ import numpy as np
 
 from graphc.data import Augment, Batches, Dataset
 from graphc.errors import DataError, GraphcError
+from graphc.ir import Node
 from graphc.serialize import load, load_metadata, save, write_atomically
 
 # (network outputs [N, ...], labels [N, ...]) -> one number for each example, [N].
@@ -30,6 +31,8 @@ _KIND = "graphc checkpoint"
 
 class Executable(Protocol):
     """What training needs of a compiled graph."""
+
+    inputs: dict[str, Node]
 
     def __call__(self, **inputs: Any) -> dict[str, np.ndarray]: ...
 
@@ -151,16 +154,19 @@ def squared_error(outputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
 # ---- inference
 
 
-def predict(
-    executable: Executable, images: np.ndarray, batch_size: int, output: str = "logits"
-) -> np.ndarray:
-    """The named output for every example [N, ...], computed in batches of `batch_size`.
+def batch_size_of(executable: Executable) -> int:
+    """The number of examples that an executable takes in one call."""
+    return int(executable.inputs["image"].types[0].shape[0])
+
+
+def predict(executable: Executable, images: np.ndarray, output: str = "logits") -> np.ndarray:
+    """The named output for every example [N, ...].
 
     An executable has a fixed batch size: the last batch is filled up with zeros, whose results are
     dropped. So no example's output may depend on the others in its batch, as is the case in
     inference mode.
     """
-    results = []
+    results, batch_size = [], batch_size_of(executable)
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
         missing = batch_size - len(batch)
@@ -176,12 +182,11 @@ def evaluate(
     executable: Executable,
     images: np.ndarray,
     labels: np.ndarray,
-    batch_size: int,
     score: Score = class_accuracy,
     output: str = "logits",
 ) -> float:
     """The mean score over all examples, the last partial batch included."""
-    return float(score(predict(executable, images, batch_size, output), labels).mean())
+    return float(score(predict(executable, images, output), labels).mean())
 
 
 # ---- training
@@ -193,8 +198,6 @@ def fit(
     dataset: Dataset,
     *,
     epochs: int,
-    batch_size: int,
-    eval_batch_size: int | None = None,
     schedule: Schedule | None = None,
     seed: int = 0,
     accuracy: Score | None = class_accuracy,
@@ -206,10 +209,10 @@ def fit(
 ) -> History:
     """Train on the data set's training part and evaluate on its test part after each epoch.
 
-    train       compiled with a loss and an optimizer for batches of `batch_size`: inputs `image`
-                and `label`, output `loss`; with an output `logits`, training accuracy is measured
-    infer       compiled for inference, output `logits`, batches of `eval_batch_size` (default:
-                `batch_size`); takes the weights over after each epoch. None: no evaluation
+    train       compiled with a loss and an optimizer: inputs `image` and `label`, output `loss`;
+                with an output `logits`, training accuracy is measured
+    infer       compiled for inference, output `logits`; takes the weights over after each epoch.
+                None: no evaluation
     schedule    learning rate by step, from 0; None: the optimizer's own
     seed        of the order of examples; the same seed gives the same run
     accuracy, test_loss   scores (one number an example); None: not measured
@@ -219,6 +222,7 @@ def fit(
 
     Raises GraphcError when the loss is not finite, DataError for a checkpoint of another run.
     """
+    batch_size = batch_size_of(train)
     batches = Batches(
         dataset.train_images, dataset.train_labels, batch_size, seed=seed, augment=augment
     )
@@ -255,9 +259,7 @@ def fit(
                     break
             start = 0
             seconds = time.perf_counter() - began
-            figures = _evaluate_epoch(
-                train, infer, dataset, eval_batch_size or batch_size, accuracy, test_loss
-            )
+            figures = _evaluate_epoch(train, infer, dataset, accuracy, test_loss)
             progress.history.epochs.append(
                 Epoch(
                     progress.epoch,
@@ -313,7 +315,6 @@ def _evaluate_epoch(
     train: Executable,
     infer: Executable | None,
     dataset: Dataset,
-    batch_size: int,
     accuracy: Score | None,
     test_loss: Score | None,
 ) -> tuple[float | None, float | None]:
@@ -321,7 +322,7 @@ def _evaluate_epoch(
     if infer is None or not len(dataset.test_images):
         return None, None
     infer.load_state(train.state())
-    logits = predict(infer, dataset.test_images, batch_size)
+    logits = predict(infer, dataset.test_images)
     labels = dataset.test_labels
     loss, correct = (
         None if score is None else float(score(logits, labels).mean())
@@ -367,7 +368,10 @@ def _resume(
                 f"this run's {value!r}"
             )
     arrays = load(path)
-    progress.history.losses = arrays.pop("history.losses").tolist()
+    losses = arrays.pop("history.losses").tolist()
+    if arrays.keys() != train.state(optimizer=True).keys():
+        raise DataError(f"{Path(path)}: checkpoint of another network or optimizer")
+    progress.history.losses = losses
     # An epoch that a callback cut short goes on.
     epochs = [Epoch(**epoch) for epoch in record["epochs"]]
     progress.history.epochs = [e for e in epochs if e.step == e.epoch * progress.batches]

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
-from graphc.ir import SOURCES, Graph, Node, TensorType, Value
+from graphc.ir import Graph, Value
 from graphc.ops import registry
 from passes.base import Pass, note
-from passes.eliminate_dead import EliminateDead
-
-# Nested rewrites of one node. Each rule makes its node smaller, so that real graphs stay far below.
-_DEPTH = 32
+from passes.rewrite import Match, Rule, rewrite
 
 
 @dataclass(frozen=True)
@@ -36,18 +30,10 @@ class Canonicalize(Pass):
     sweeps: int = 8
 
     def run(self, graph: Graph) -> Graph:
-        fired: Counter[str] = Counter()
-        for _ in range(self.sweeps):
-            graph = EliminateDead(keep_inputs=True).run(graph)
-            sweep = _Sweep(graph, self._rules())
-            graph = graph.rebuild(sweep.visit)
-            fired += sweep.fired
-            if not sweep.fired:
-                break
-        graph = EliminateDead(keep_inputs=True).run(graph)
+        new, fired = rewrite(graph, self._rules(), everywhere=(expand_later,), sweeps=self.sweeps)
         if fired:
-            note(graph, ", ".join(f"{name} x{count}" for name, count in fired.items()))
-        return graph
+            note(new, ", ".join(f"{name} x{count}" for name, count in fired.items()))
+        return new
 
     def _rules(self) -> dict[str, tuple[Rule, ...]]:
         rules = dict(RULES)
@@ -56,82 +42,6 @@ class Canonicalize(Pass):
         if self.drop_stop_gradient:
             rules["stop_gradient"] = (identity,)
         return rules
-
-
-@dataclass
-class Match:
-    """An operator application that rules look at: operands are values of the graph being built."""
-
-    sweep: _Sweep
-    graph: Graph
-    node: Node
-    op: str
-    inputs: tuple[Value, ...]
-    attrs: dict[str, Any]
-    type: TensorType
-    depth: int
-
-    def emit(self, op: str, *inputs: Value, **attrs: Any) -> Value:
-        """Append an operator in the matched node's place; rules apply to it too."""
-        return self.sweep.emit(self.graph, self.node, op, inputs, attrs, self.depth + 1)
-
-    def again(self, node: Node, *inputs: Value) -> Value:
-        """Append `node` once more with other operands, under its own name and origin."""
-        with self.graph.origin(node.origin):
-            return self.sweep.emit(self.graph, node, node.op, inputs, node.attrs, self.depth + 1)
-
-    def take(self, value: Value) -> Node | None:
-        """The node of `value` if only the matched node uses it, to be replaced; else None.
-
-        It is removed from the graph, so that the rule must not fail after."""
-        node = value.node
-        if self.sweep.uses[value] != 1 or self.graph.nx.out_degree(node.name) != 0:
-            return None
-        self.graph.nx.remove_node(node.name)
-        return node
-
-
-@dataclass
-class _Sweep:
-    """One visit of every node. `uses` counts readers in the old graph by value of the new one."""
-
-    old: Graph
-    rules: dict[str, tuple[Rule, ...]]
-    uses: Counter[Value] = field(default_factory=Counter)
-    fired: Counter[str] = field(default_factory=Counter)
-
-    def __post_init__(self) -> None:
-        self.readers = Counter(v for node in self.old for v in node.inputs)
-        self.readers.update(self.old.results)
-
-    def visit(self, new: Graph, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
-        value = None
-        if node.op not in SOURCES and len(node.types) == 1:
-            value = self.rewritten(new, node, node.op, inputs, node.attrs, node.types[0], 0)
-        values = new.copy_node(node, inputs).outputs if value is None else (value,)
-        for old, result in zip(node.outputs, values, strict=True):
-            self.uses[result] += self.readers[old]
-        return values
-
-    def emit(self, graph, node, op, inputs, attrs, depth) -> Value:
-        types = tuple(registry.get(op).infer([v.type for v in inputs], attrs))
-        value = self.rewritten(graph, node, op, inputs, attrs, types[0], depth)
-        return graph.add(op, inputs, attrs, name=node.name)[0] if value is None else value
-
-    def rewritten(self, graph, node, op, inputs, attrs, kind, depth) -> Value | None:
-        if depth > _DEPTH:
-            return None
-        match = Match(self, graph, node, op, inputs, attrs, kind, depth)
-        for rule in (*self.rules.get(op, ()), expand_later):
-            value = rule(match)
-            if value is not None:
-                assert value.type == kind, f"rule {rule.__name__}: {value.type} for {kind}"
-                self.fired[rule.__name__] += 1
-                return value
-        return None
-
-
-Rule = Callable[[Match], Value | None]
 
 
 def uniform(value: Value) -> float | None:
@@ -146,7 +56,7 @@ def uniform(value: Value) -> float | None:
     return data.flat[0].item()
 
 
-def _power_of_two(x: float | None) -> bool:
+def _power_of_two(x: float) -> bool:
     """Whether multiplying by x is exact short of over- and underflow."""
     if not isinstance(x, float) or x == 0 or not math.isfinite(x):
         return False
@@ -223,7 +133,7 @@ def div_by_power_of_two(m: Match) -> Value | None:
     """x / 2**k is x * 2**-k, exactly."""
     a, b = m.inputs
     divisor = uniform(b)
-    if a.type == m.type and _power_of_two(divisor):
+    if a.type == m.type and divisor is not None and _power_of_two(divisor):
         return m.emit("mul", a, _scalar(m, 1 / divisor))
     return None
 
@@ -247,7 +157,8 @@ def mul_of_mul(m: Match) -> Value | None:
 def simple_power(m: Match) -> Value | None:
     """x ** 2, x ** 0.5, x ** -1 have operators of their own (differs at x = -inf for the root)."""
     base, exponent = m.inputs
-    op = {2.0: "square", 0.5: "sqrt", -1.0: "reciprocal"}.get(uniform(exponent))
+    power = uniform(exponent)
+    op = {2.0: "square", 0.5: "sqrt", -1.0: "reciprocal"}.get(power) if power is not None else None
     return m.emit(op, base) if op and base.type == m.type else None
 
 

@@ -121,14 +121,19 @@ class PlanMemory(Pass):
     size_of: SizeOf = storage_bytes
     outputs_live: bool = True
     updates_in_place: bool = False
+    reuse: bool = True  # False: every value keeps memory of its own, to be looked at afterwards
 
     def run(self, graph: Graph) -> Graph:
         new = graph.copy()
+        if not self.reuse:
+            for node in new:
+                node.attrs.pop("inplace", None)
         plan = plan_memory(
             new,
             self.size_of,
             outputs_live=self.outputs_live,
             updates_in_place=self.updates_in_place,
+            reuse=self.reuse,
         )
         new.annotations["memory"] = plan
         note(new, plan.report(rows=0).splitlines()[0])
@@ -141,9 +146,13 @@ def plan_memory(
     *,
     outputs_live: bool = True,
     updates_in_place: bool = False,
+    reuse: bool = True,
 ) -> MemoryPlan:
     """The memory plan of a graph in its execution order."""
     pieces = storages(graph, size_of, outputs_live=outputs_live, updates_in_place=updates_in_place)
+    if not reuse:
+        for piece in pieces:
+            piece.first, piece.last = 0, len(graph)
     bound = peak_bytes(pieces, len(graph))
     offsets = place(pieces, live_bytes(pieces, len(graph)))
     where: dict[tuple[str, int], int] = {}

@@ -47,7 +47,8 @@ class SetMode(Pass):
 
     def _idle_updates(self, graph: Graph) -> set[str]:
         """States whose update does nothing: statistics of a fixed batch norm, unused steps."""
-        idle, counted = set(), set()
+        idle: set[str] = set()
+        counted: set[str] = set()
         for node in graph:
             training = self._resolved(node).get("training")
             if node.op == "dropout":

@@ -1,7 +1,7 @@
 """Random programs for property tests: one recipe, built as a graphc graph or run by PyTorch.
 
-A recipe is a list of (operator, operand, operand) numbers. It is total: numbers wrap around, operands
-that do not fit are reduced first, so that Hypothesis shrinks freely.
+A recipe is a list of (operator, operand, operand) numbers. It is total: numbers wrap around,
+operands that do not fit are reduced first, so that Hypothesis shrinks freely.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _run(recipe: Recipe, sources: list, mean: Callable, function: Callable[[Op],
 
 
 def build(recipe: Recipe) -> Graph:
-    """The recipe as a float64 graph with inputs `SHAPES`, outputs `last`, `inner` and the scalar `loss`."""
+    """The recipe as a float64 graph: sources `SHAPES`, outputs `last`, `inner`, scalar `loss`."""
     graph = Graph("random")
     sources = [
         (graph.parameter if name == "w" else graph.input)(name, shape, dtype="float64")

@@ -490,3 +490,34 @@ def test_losses_refuse():
         gc.softmax_cross_entropy(x, y, label_smoothing=2)
     with pytest.raises(errors.ShapeError, match="one shape"):
         gc.mse_loss(x, g.input("t", ("N", 1)))
+
+
+def test_labels_and_targets_may_be_arrays():
+    g = Graph()
+    x = g.input("x", (2, 3))
+    losses = [
+        gc.softmax_cross_entropy(x, np.array([0, 2])),
+        gc.softmax_cross_entropy(x, np.eye(3)[:2]),
+        gc.mse_loss(x, np.ones((2, 3))),
+    ]
+    array = normal(2, 3).astype("float32")
+    results = interpret(g, {"x": array}, values=losses).values
+    t = torch.tensor(array)
+    expected = [
+        functional.cross_entropy(t, torch.tensor([0, 2])),
+        functional.cross_entropy(t, torch.eye(3)[:2]),
+        functional.mse_loss(t, torch.ones(2, 3)),
+    ]
+    for value, reference in zip(losses, expected, strict=True):
+        np.testing.assert_allclose(results[value], reference.numpy(), rtol=1e-6)
+
+
+def test_argument_errors_name_the_call_and_its_input():
+    g = Graph()
+    x = g.input("x", (1, 2, 4, 4))
+    with pytest.raises(
+        errors.ShapeError, match=r"c \(conv2d\) of input 'x' f32\[1,2,4,4\]: stride"
+    ):
+        nn.conv2d(x, 3, 3, stride=0, name="c")
+    with pytest.raises(errors.ShapeError, match="max_pool2d of input 'x'.*kernel_size"):
+        gc.max_pool2d(x, (1, 2, 3))

@@ -331,6 +331,8 @@ def test_crop_and_flip():
         assert plain or flipped
         mirrored += flipped
     assert 8 < mirrored < 32
+    shifted = data.crop_and_flip(2, edge=True)(images, np.random.default_rng(1))
+    assert (shifted != 0).all() and (augmented == 0).any()
     unflipped = data.crop_and_flip(0, flip=False)(images, np.random.default_rng(1))
     np.testing.assert_array_equal(unflipped, images)
 

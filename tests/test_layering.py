@@ -1,4 +1,4 @@
-"""Who may import whom: passes know the graph and the operators, only compile.py knows the passes."""
+"""Who may import whom: passes know the graph and operators, only compile.py knows the passes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_only_compile_imports_passes(file):
 
 
 def test_the_graph_stands_alone():
-    """ir, expr and errors need nothing of graphc but each other (ir asks the registry when it must)."""
+    """ir, expr and errors need nothing of graphc at import but each other."""
     for name, allowed in (("errors", set()), ("expr", set()), ("ir", {"graphc.errors"})):
         tree = ast.parse((ROOT / "graphc" / f"{name}.py").read_text())
         top = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]

@@ -1,4 +1,4 @@
-"""Schedules and memory plans: proved by running graphs inside the planned arena, and by intervals."""
+"""Schedules and memory plans: graphs run inside the planned arena; intervals never overlap."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def allow_in_place(graph: Graph) -> Graph:
 def run_in_arena(graph: Graph, inputs, state, updates_in_place=False):
     """Outputs and updates of a graph whose values live only in the planned arena.
 
-    Returns them as they are at the end of the step, so a value that was overwritten too early shows.
+    Returns them as they are at the end of the step: what was overwritten too early shows.
     """
     plan = plan_memory(graph, updates_in_place=updates_in_place)
     plan.check()

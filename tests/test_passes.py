@@ -21,6 +21,7 @@ from passes.eliminate_dead import EliminateDead
 from passes.fold_constants import FoldConstants
 from passes.pipeline import BACKWARD, FORWARD, MEMORY
 from passes.plan_memory import PlanMemory
+from passes.rewrite import rewrite
 from passes.schedule import Schedule
 from passes.set_mode import SetMode
 
@@ -168,6 +169,21 @@ def test_rule(case):
     np.testing.assert_array_equal(
         interpret(after, data).outputs["y"], interpret(graph, data).outputs["y"]
     )
+
+
+def test_rules_that_undo_each_other_end():
+    """The number of sweeps and the depth of nested rewrites are bounded."""
+
+    def to_sub(m):
+        return m.emit("sub", *m.inputs)
+
+    def to_add(m):
+        return m.emit("add", *m.inputs)
+
+    graph = one(lambda x: ops.add(x, x))
+    after, fired = rewrite(graph, {"add": (to_sub,), "sub": (to_add,)}, sweeps=3)
+    verify_graph(after)
+    assert compute(after) in (["add"], ["sub"]) and fired["to_sub"] < 100
 
 
 def convolution_block(bias=True):

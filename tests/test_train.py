@@ -8,6 +8,7 @@ import pytest
 from graphc import train as training
 from graphc.data import Dataset
 from graphc.errors import DataError, GraphcError
+from graphc.ir import Graph
 from graphc.serialize import load, load_metadata, save
 
 
@@ -18,6 +19,7 @@ class Softmax:
         self.w = np.zeros((features, classes))
         self.v = np.zeros_like(self.w)
         self.batch, self.lr, self.momentum = batch, lr, momentum
+        self.inputs = {"image": Graph().input("image", (batch, features)).node}
         self.calls = []
 
     def __call__(self, image, label=None, learning_rate=None):
@@ -58,8 +60,7 @@ def dataset():
 
 
 def fit(executable, dataset, **options):
-    options = {"epochs": 4, "batch_size": 8, "eval_batch_size": 16, **options}
-    return training.fit(executable, Softmax(batch=16), dataset, **options)
+    return training.fit(executable, Softmax(batch=16), dataset, **{"epochs": 4, **options})
 
 
 def test_learns_and_records(dataset, tmp_path):
@@ -95,12 +96,12 @@ def test_evaluation_counts_the_last_partial_batch_once(dataset):
     model.w = np.random.default_rng(1).standard_normal(model.w.shape)
     logits = dataset.test_images @ model.w
     assert len(logits) % 16
-    predicted = training.predict(model, dataset.test_images, 16)
+    predicted = training.predict(model, dataset.test_images)
     np.testing.assert_allclose(predicted, logits, rtol=1e-6)
-    accuracy = training.evaluate(model, dataset.test_images, dataset.test_labels, 16)
+    accuracy = training.evaluate(model, dataset.test_images, dataset.test_labels)
     assert accuracy == (logits.argmax(1) == dataset.test_labels).mean()
     with pytest.raises(DataError, match="no examples"):
-        training.predict(model, dataset.test_images[:0], 16)
+        training.predict(model, dataset.test_images[:0])
 
 
 @pytest.mark.parametrize("steps", [5, 12, 13, 24, 47])
@@ -148,6 +149,13 @@ def test_checkpoints_of_another_run_are_refused(dataset, tmp_path):
     fit(Softmax(), dataset, checkpoint=path)
     with pytest.raises(DataError, match="its seed is 0, this run's 1"):
         fit(Softmax(), dataset, checkpoint=path, resume=True, seed=1)
+
+    class Other(Softmax):
+        def state(self, *, optimizer=False):
+            return {"other": self.w}
+
+    with pytest.raises(DataError, match="another network or optimizer"):
+        fit(Other(), dataset, checkpoint=path, resume=True)
     save(path, {"w": np.zeros(3)})
     with pytest.raises(DataError, match="not a checkpoint"):
         fit(Softmax(), dataset, checkpoint=path, resume=True)
@@ -207,7 +215,7 @@ def test_a_stopped_run_goes_on(dataset, tmp_path):
 
 
 def test_without_evaluation(dataset):
-    history = training.fit(Softmax(), None, dataset, epochs=1, batch_size=8, accuracy=None)
+    history = training.fit(Softmax(), None, dataset, epochs=1, accuracy=None)
     final = history.final
     assert (final.test_loss, final.test_accuracy, final.accuracy) == (None, None, None)
 

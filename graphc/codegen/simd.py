@@ -18,39 +18,13 @@ No fast-math anywhere: results follow IEEE 754, and products and sums are contra
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from types import ModuleType
 
 from graphc.codegen import simd_elementwise, simd_lanes, simd_memory, simd_tiles
+from graphc.codegen.simd_host import LANES, host_lanes
 
 __all__ = ["Vocabulary", "host_lanes", "vocabulary"]
-
-_LANES = (4, 8, 16)
-
-
-@cache
-def _host_features() -> dict[str, bool]:
-    import llvmlite.binding
-
-    return dict(llvmlite.binding.get_host_cpu_features())
-
-
-def host_lanes() -> int:
-    """float32 lanes of this machine's vectors: 16 (AVX-512), 8 (AVX2 with FMA) or 4 (NEON, SSE).
-
-    The environment variable GRAPHC_SIMD_LANES overrides it.
-    """
-    override = os.environ.get("GRAPHC_SIMD_LANES")
-    if override:
-        if override not in map(str, _LANES):
-            raise ValueError(f"GRAPHC_SIMD_LANES={override!r}, expected 4, 8 or 16")
-        return int(override)
-    features = _host_features()
-    if features.get("avx512f"):
-        return 16
-    return 8 if features.get("avx2") and features.get("fma") else 4
-
 
 def _static(argument):
     """Lists to tuples, so that factory arguments can be memoised."""
@@ -113,6 +87,6 @@ class Vocabulary(ModuleType):
 @cache
 def vocabulary(lanes: int) -> Vocabulary:
     """The vocabulary of vectors of 4, 8 or 16 lanes; any of them works on any machine."""
-    if lanes not in _LANES:
+    if lanes not in LANES:
         raise ValueError(f"vocabulary: {lanes} lanes, expected 4, 8 or 16")
     return Vocabulary(lanes)

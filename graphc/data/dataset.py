@@ -156,11 +156,12 @@ class Batches:
         return self.epoch(0)
 
 
-def crop_and_flip(padding: int = 4, flip: bool = True) -> Augment:
-    """Random crops of the zero-padded image, and mirror images, each with probability 1/2.
+def crop_and_flip(padding: int = 4, flip: bool = True, edge: bool = False) -> Augment:
+    """Random crops of the padded image, and mirror images with probability 1/2.
 
-    As for CIFAR-10 in He et al. 2016, "Deep residual learning", section 4.2: the padding is zero
-    after standardisation, which is the mean colour.
+    The defaults are those for CIFAR-10 in He et al. 2016, "Deep residual learning", section 4.2:
+    the padding is zero after standardisation, which is the mean colour. `edge=True` repeats the
+    border instead, which suits images on a plain background.
     """
 
     def augment(images: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -168,7 +169,9 @@ def crop_and_flip(padding: int = 4, flip: bool = True) -> Augment:
         border = ((0, 0), (0, 0), (padding, padding), (padding, padding))
         # [N, C, 2p + 1, 2p + 1, H, W], a view: every crop there is.
         crops = np.lib.stride_tricks.sliding_window_view(
-            np.pad(images, border), (height, width), axis=(2, 3)
+            np.pad(images, border, mode="edge" if edge else "constant"),
+            (height, width),
+            axis=(2, 3),
         )
         top, left = random.integers(0, 2 * padding + 1, (2, count))
         result = crops[np.arange(count), :, top, left]

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from graphc.errors import GraphcError
-from graphc.ir import SOURCES, Graph, Node, TensorType
+from graphc.ir import ROWS, SOURCES, Graph, Node, TensorType, Value
 from graphc.viz.formats import fused_operators, to_dot, to_graphml
 from graphc.viz.layout import layered, levels
-from graphc.viz.phases import COLOURS, phases
+from graphc.viz.phases import COLOURS, EDGES, phase_of
 from graphc.viz.scene import Curve, Rectangle, Scene, Text, text_width
 
 _PAD, _LINE, _MARGIN = 9.0, 14.0, 24.0
@@ -24,7 +24,7 @@ _TITLE, _BODY, _SMALL = 12.0, 10.5, 9.0
 _FAR = 7  # layers; longer edges become a line of text in the box that they lead to
 _LONGEST = 46  # characters in a line
 # Attributes that the types tell, that are internal, or at a value that goes without saying.
-_UNSHOWN = {"shape", "dtype", "body", "seed", "stream", "input_shape", "weight_shape"}
+_UNSHOWN = {"shape", "dtype", "seed", "stream", "input_shape", "weight_shape"}
 _SILENT = {"padding": 0, "stride": 1, "dilation": 1, "groups": 1, "keepdims": False}
 
 
@@ -79,8 +79,7 @@ def draw(graph: Any) -> Drawing:
 
 def scene(graph: Graph) -> Scene:
     """The shapes of the picture."""
-    phase = phases(graph)
-    position = {node.name: i for i, node in enumerate(graph)}
+    phase = {node.name: phase_of(node) for node in graph}
     inlined = {
         node.name
         for node in graph
@@ -98,9 +97,7 @@ def scene(graph: Graph) -> Scene:
     level = levels([*drawn, *outputs], edges)
     far = {(a, b) for a, b in edges if level[b] - level[a] > _FAR and b not in outputs}
     boxes: dict[str, _Box] = {
-        node.name: _Box(node, graph, phase[node.name], inlined, far)
-        for node in graph
-        if node.name not in inlined
+        node.name: _Box(node, graph, inlined, far) for node in graph if node.name not in inlined
     }
     for key, value in outputs.items():
         boxes[key] = _Box.pill(key.removeprefix("output "), value.type)
@@ -114,32 +111,28 @@ def scene(graph: Graph) -> Scene:
     picture.shapes += header.shapes
     down = header.height + _MARGIN
     for (_, target), points in layout.routes.items():
-        colour = _edge_colour(phase.get(target, "forward"))
         moved = tuple((x + shift, y + down) for x, y in points)
-        picture.shapes.append(Curve(moved, colour))
-    for key in sorted(boxes, key=lambda k: position.get(k, len(position))):
+        picture.shapes.append(Curve(moved, EDGES[phase.get(target, "forward")]))
+    for key, box in boxes.items():
         x, y = layout.corners[key]
-        picture.shapes += boxes[key].shapes(x + shift, y + down)
+        picture.shapes += box.shapes(x + shift, y + down)
     return picture
-
-
-def _edge_colour(phase: str) -> str:
-    return {"forward": "#7b93ad", "backward": "#d3a06c", "update": "#86b98e"}[phase]
 
 
 class _Box:
     """One node: lines of text, and for a fused node an inner box for each operator in it."""
 
     def __init__(
-        self, node: Node, graph: Graph, phase: str, inlined: set[str], far: set[tuple[str, str]]
+        self, node: Node, graph: Graph, inlined: set[str], far: set[tuple[str, str]]
     ) -> None:
-        self.kind = "input" if node.op == "input" else phase
+        self.kind = "input" if node.op == "input" else phase_of(node)
         self.tooltip = repr(node)
         self.title, self.op = _shorten(node.name), node.op if node.op != node.name else ""
         if node.op == "fused":
             self.op = ""
-        self.details = [_attributes(node)] if _attributes(node) else []
-        self.details += [_shorten(str(t)) for t in node.types[:3]]
+        attributes = "" if node.op in (*SOURCES, "fused") else _attributes(node)
+        self.details = [attributes] if attributes else []
+        self.details += [_shorten(_type_and_layout(value)) for value in node.outputs[:3]]
         self.notes = list(_notes(node, graph, inlined, far))
         self.inner = [_inner_line(n) for n in fused_operators(node)]
         self.size = self._measure()
@@ -217,12 +210,16 @@ def _attributes(node: Node) -> str:
     for key, value in node.attrs.items():
         while isinstance(value, tuple) and len(value) > 1 and len(set(value)) == 1:
             value = value[0]  # (2, 2) and ((2, 2), (2, 2)) are 2
-        if node.op in SOURCES or value is None or (key in _SILENT and value == _SILENT[key]):
+        if value is None or (key in _SILENT and value == _SILENT[key]):
             continue
         text = f"{value:.4g}" if isinstance(value, float) else str(value)
         if key not in _UNSHOWN and len(text) <= 20:
             shown.append(f"{key.replace('_', ' ')} {text}")
     return _shorten(", ".join(shown))
+
+
+def _type_and_layout(value: Value) -> str:
+    return str(value.type) if value.layout == ROWS else f"{value.type} {value.layout}"
 
 
 def _inner_line(node: Node) -> str:

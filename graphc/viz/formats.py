@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import networkx
 
 from graphc.ir import SOURCES, Graph, Node, Value
-from graphc.viz.phases import COLOURS, phases
+from graphc.viz.phases import COLOURS, colours_of, phase_of
 
 
 def to_graphml(graph: Graph) -> str:
@@ -23,14 +23,13 @@ def fused_operators(node: Node) -> list[Node]:
 
 def plain(graph: Graph) -> networkx.MultiDiGraph:
     """A copy of `graph.nx` with text and numbers as attributes, for networkx's writers."""
-    phase = phases(graph)
     result = networkx.MultiDiGraph(name=str(graph.name))
     for node in graph:
         result.add_node(
             node.name,
             op=node.op,
             types=", ".join(map(str, node.types)),
-            phase=phase[node.name],
+            phase=phase_of(node),
             layer=node.origin.layer,
             source=str(node.origin),
             body=", ".join(n.op for n in fused_operators(node)),
@@ -42,14 +41,13 @@ def plain(graph: Graph) -> networkx.MultiDiGraph:
 
 def to_dot(graph: Graph) -> str:
     """Graphviz source of a graph."""
-    phase = phases(graph)
     lines = [
         f"digraph {_quote(graph.name)} {{",
         '  node [shape=box, style="rounded,filled", fontname="Helvetica", fontsize=11];',
         '  edge [color="#7b93ad"];',
     ]
     for node in graph:
-        fill, stroke = COLOURS["input" if node.op == "input" else phase[node.name]]
+        fill, stroke = colours_of(node)
         label = f"{node.name}\n{node.op}\n{', '.join(map(str, node.types))}"
         extra = ", shape=ellipse, fontsize=8" if node.op in SOURCES and node.op != "input" else ""
         colours = f'fillcolor="{fill}", color="{stroke}"'

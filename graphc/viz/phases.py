@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from graphc.errors import NameLookupError
-from graphc.ir import SOURCES, Graph, Node
+from graphc.ir import Node
 
 # phase -> (fill, stroke)
 COLOURS = {
@@ -13,46 +12,15 @@ COLOURS = {
     "input": ("#eceff1", "#607080"),
     "output": ("#37474f", "#37474f"),
 }
+# What leads into a node of that phase.
+EDGES = {"forward": "#7b93ad", "backward": "#d3a06c", "update": "#86b98e"}
 
 
-def phases(graph: Graph) -> dict[str, str]:
-    """Node name -> "forward", "backward" or "update", from the structure.
-
-    Forward is what an output other than `grad:...` needs. Of the rest, an update is a node whose
-    value a parameter takes, or an elementwise one used in updates only; the others are backward.
-    """
-    plain_outputs = [v for name, v in graph.outputs.items() if not name.startswith("grad:")]
-    if not plain_outputs and not graph.updates:
-        return {node.name: "forward" for node in graph}
-    forward: set[str] = set()
-    stack = [value.node for value in plain_outputs]
-    while stack:
-        node = stack.pop()
-        if node.name not in forward:
-            forward.add(node.name)
-            stack += [value.node for value in node.inputs]
-    result: dict[str, str] = {}
-    updated = {value.node.name for value in graph.updates.values()}
-    for node in reversed(graph.nodes):
-        users = [consumer for _, consumer in graph.nx.out_edges(node.name)]
-        if node.name in forward:
-            phase = "forward"
-        elif node.name in updated or (
-            users and _is_elementwise(node) and all(result[u] == "update" for u in users)
-        ):
-            phase = "update"
-        else:
-            phase = "backward"
-        result[node.name] = phase
-    return result
+def phase_of(node: Node) -> str:
+    """ "forward", "backward" (made by the chain rule) or "update" (made by the optimizer)."""
+    return node.origin.phase or "forward"
 
 
-def _is_elementwise(node: Node) -> bool:
-    if node.op in SOURCES:
-        return True
-    from graphc.ops.registry import get
-
-    try:
-        return get(node.op).elementwise
-    except NameLookupError:
-        return False
+def colours_of(node: Node) -> tuple[str, str]:
+    """Fill and stroke of a node's box."""
+    return COLOURS["input" if node.op == "input" else phase_of(node)]
