@@ -201,6 +201,14 @@ def _verify_types(node: Node, fail: Callable[[Node, str], None]) -> None:
         if node.inputs or node.types != (node.attrs["type"],):
             fail(node, "a source has operands, or another type than its attribute says")
         return
+    if node.op == "fused":
+        body: Graph = node.attrs["body"]
+        verify_graph(body, f"body of {node.name}")
+        if [n.types[0] for n in body.inputs.values()] != [v.type for v in node.inputs]:
+            fail(node, "its body's inputs have other types than its operands")
+        if tuple(v.type for v in body.outputs.values()) != node.types:
+            fail(node, "its body's outputs have other types than its results")
+        return
     try:
         types = tuple(registry.get(node.op).infer([v.type for v in node.inputs], node.attrs))
     except errors.GraphcError as error:

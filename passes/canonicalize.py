@@ -211,6 +211,15 @@ def reshape_of_reshape(m: Match) -> Value | None:
     return m.emit("reshape", x.node.inputs[0], **m.attrs) if x.node.op == "reshape" else None
 
 
+def reshape_of_expanded_scalar(m: Match) -> Value | None:
+    """A reshape of copies of one element is copies of that element."""
+    (x,) = m.inputs
+    if x.node.op != "expand" or x.node.inputs[0].type.size != 1:
+        return None
+    scalar = m.emit("reshape", x.node.inputs[0], shape=())
+    return m.emit("expand", scalar, shape=m.type.shape)
+
+
 def expand_of_expand(m: Match) -> Value | None:
     """Only the last of two expansions matters."""
     (x,) = m.inputs
@@ -285,7 +294,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "pad": (identity,),
     "concat": (identity,),
     "transpose": (transpose_of_transpose,),
-    "reshape": (identity, reshape_of_reshape),
+    "reshape": (identity, reshape_of_reshape, reshape_of_expanded_scalar),
 }
 
 POOL_RULES: dict[str, tuple[Rule, ...]] = {"max_pool2d": (relu_after_max_pool, bias_after_max_pool)}

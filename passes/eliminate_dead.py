@@ -23,4 +23,7 @@ class EliminateDead(Pass):
         kept = [*graph.results, *(graph.node(name)[0] for name in graph.updates)]
         if self.keep_inputs:
             kept += [node[0] for node in graph.inputs.values()]
+        names = {value.node.name for value in kept}
+        if all(name in names or graph.nx.out_degree(name) for name in graph.nx):
+            return graph  # Only a node that nothing reads can be the last of a dead chain.
         return graph.subgraph(kept)

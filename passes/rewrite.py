@@ -32,10 +32,11 @@ def rewrite(
     for _ in range(sweeps):
         graph = EliminateDead(keep_inputs=True).run(graph)
         sweep = _Sweep(graph, rules, everywhere)
-        graph = graph.rebuild(sweep.visit)
-        fired += sweep.fired
+        rebuilt = graph.rebuild(sweep.visit)
         if not sweep.fired:
-            break
+            return graph, fired
+        graph = rebuilt
+        fired += sweep.fired
     return EliminateDead(keep_inputs=True).run(graph), fired
 
 

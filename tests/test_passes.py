@@ -140,6 +140,10 @@ RULES = {
         ["reshape", "transpose"],
     ),
     "expand": (lambda x: ops.expand(x, (2, 3)), []),
+    "reshaped copies": (
+        lambda x: ops.mul(ops.reshape(ops.expand(ops.sum(x, (0, 1), True), (3, 2)), (2, 3)), x),
+        ["sum", "reshape", "mul"],
+    ),
     "expands": (lambda x: ops.expand(ops.expand(x, (4, 2, 3)), (5, 4, 2, 3)), ["expand"]),
     "whole slice": (lambda x: ops.slice(x, [0, 0], [2, 3]), []),
     "part": (lambda x: ops.slice(x, [0, 1], [2, 3]), ["slice"]),

@@ -8,13 +8,46 @@ run-time library in the object code. All atomics are sequentially consistent; on
 cost no more than weaker ones (x86: the same instructions), and the proofs in `team.py` need it.
 """
 
+# Numba's stubs know neither intrinsics nor all options.
+# mypy: disable-error-code="call-arg, call-overload, var-annotated"
 import llvmlite.binding
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from graphc.runtime import control as c
+from graphc.runtime.control import (
+    ALONE,
+    BARRIER,
+    BARRIER_COUNT,
+    BARRIER_TURN,
+    CONDITION,
+    DONE,
+    GENERATION,
+    IDLE_TICKS,
+    LEFT,
+    LOCK,
+    MUTEX,
+    PROGRAM,
+    REQUEST_CONTROL,
+    REQUEST_FAILED,
+    REQUEST_ROWS,
+    REQUEST_TABLE,
+    REQUEST_THREAD,
+    REQUEST_TIMING,
+    ROW_ARGUMENTS,
+    ROW_BYTES,
+    ROW_FLAGS,
+    ROW_FUNCTION,
+    SLEEPERS,
+    SPIN_LIMIT,
+    STOP,
+    THREADS,
+    UNLOCK,
+    WAIT,
+    WAKE_ALL,
+    YIELD,
+)
 
 # Helpers are called by native code only: without the wrappers for Python they compile faster.
 native = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
@@ -27,52 +60,54 @@ _IS_X86 = _MACHINE in ("x86_64", "amd64", "i386", "i486", "i586", "i686")
 _IS_ARM = _MACHINE in ("aarch64", "arm64", "arm64e")
 
 
-def _pointer(builder, address):
-    return builder.inttoptr(address, _I64.as_pointer())
+def _word(builder, base, offset):
+    return builder.inttoptr(builder.add(base, offset), _I64.as_pointer())
 
 
 @intrinsic
-def load(typing_context, address):
-    def emit(context, builder, signature, args):
-        return builder.load(_pointer(builder, args[0]))
-
-    return types.int64(types.int64), emit
-
-
-@intrinsic
-def store(typing_context, address, value):
-    def emit(context, builder, signature, args):
-        builder.store(args[1], _pointer(builder, args[0]))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), emit
-
-
-@intrinsic
-def atomic_load(typing_context, address):
-    def emit(context, builder, signature, args):
-        return builder.load_atomic(_pointer(builder, args[0]), "seq_cst", 8)
-
-    return types.int64(types.int64), emit
-
-
-@intrinsic
-def atomic_store(typing_context, address, value):
-    def emit(context, builder, signature, args):
-        builder.store_atomic(args[1], _pointer(builder, args[0]), "seq_cst", 8)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), emit
-
-
-@intrinsic
-def atomic_add(typing_context, address, value):
-    """Adds and returns the value before the addition."""
+def load(typing_context, base, offset):
+    """The int64 at the address `base + offset`."""
 
     def emit(context, builder, signature, args):
-        return builder.atomic_rmw("add", _pointer(builder, args[0]), args[1], "seq_cst")
+        return builder.load(_word(builder, *args))
 
     return types.int64(types.int64, types.int64), emit
+
+
+@intrinsic
+def store(typing_context, base, offset, value):
+    def emit(context, builder, signature, args):
+        builder.store(args[2], _word(builder, *args[:2]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), emit
+
+
+@intrinsic
+def atomic_load(typing_context, base, offset):
+    def emit(context, builder, signature, args):
+        return builder.load_atomic(_word(builder, *args), "seq_cst", 8)
+
+    return types.int64(types.int64, types.int64), emit
+
+
+@intrinsic
+def atomic_store(typing_context, base, offset, value):
+    def emit(context, builder, signature, args):
+        builder.store_atomic(args[2], _word(builder, *args[:2]), "seq_cst", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), emit
+
+
+@intrinsic
+def atomic_add(typing_context, base, offset, value):
+    """Adds to the word and returns what it was before."""
+
+    def emit(context, builder, signature, args):
+        return builder.atomic_rmw("add", _word(builder, *args[:2]), args[2], "seq_cst")
+
+    return types.int64(types.int64, types.int64, types.int64), emit
 
 
 @intrinsic
@@ -106,60 +141,69 @@ def ticks(typing_context):
 
 
 @intrinsic
-def call_kernel(typing_context, function, arguments, thread, threads):
-    """Calls a compiled kernel by address; returns its status, 0 for success.
+def call_kernel(typing_context, row, thread, threads):
+    """Calls the kernel of a row of the launch table; returns its status, 0 for success.
 
     Numba's native convention: int32 f(result**, exception**, arguments...).
     """
 
     def emit(context, builder, signature, args):
+        row, thread, threads = args
+        function = builder.load(_word(builder, row, _I64(ROW_FUNCTION)))
+        arguments = builder.load(_word(builder, row, _I64(ROW_ARGUMENTS)))
         kind = ir.FunctionType(_I32, [_I8P.as_pointer(), _I8P.as_pointer(), _I64, _I64, _I64])
-        function = builder.inttoptr(args[0], kind.as_pointer())
         result = cgutils.alloca_once(builder, _I8P)
         exception = cgutils.alloca_once(builder, _I8P)
-        status = builder.call(function, [result, exception, args[1], args[2], args[3]])
+        status = builder.call(
+            builder.inttoptr(function, kind.as_pointer()),
+            [result, exception, arguments, thread, threads],
+        )
         return builder.sext(status, _I64)
 
-    return types.int64(*[types.int64] * 4), emit
+    return types.int64(types.int64, types.int64, types.int64), emit
 
 
 @intrinsic
-def call_system(typing_context, function, a, b, c_, d):
-    """Calls a C function of up to four integer or pointer arguments by address.
+def call_system(typing_context, control, function, first, second):
+    """Calls a function of the operating system with addresses of two objects in the control block.
 
-    A function that takes fewer ignores the rest: in the C conventions of x86-64 and ARM64 the
-    first four travel in registers that belong to the caller.
+    All three are offsets in the control block. The third and fourth argument are what Windows
+    wants to know for WAIT (no time limit, no flags). A function that takes fewer ignores the
+    rest: in the C conventions of x86-64 and ARM64 they travel in the caller's registers.
     """
 
     def emit(context, builder, signature, args):
+        control, function, first, second = args
+        address = builder.load(_word(builder, control, function))
         kind = ir.FunctionType(ir.VoidType(), [_I64] * 4).as_pointer()
-        builder.call(builder.inttoptr(args[0], kind), args[1:])
+        objects = [builder.add(control, first), builder.add(control, second)]
+        builder.call(builder.inttoptr(address, kind), [*objects, _I64(-1), _I64(0)])
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 5), emit
+    return types.void(*[types.int64] * 4), emit
 
 
 @native
-def wait_while(control, address, value):
-    """Returns when the word at `address` no longer is `value`."""
-    limit = load(control + c.SPIN_LIMIT)
+def wait_while(control, offset, value):
+    """Returns when the word at `offset` no longer is `value`."""
+    limit = load(control, SPIN_LIMIT)
     polls = 0
-    while atomic_load(address) == value:
+    while atomic_load(control, offset) == value:
         if polls < limit:
             polls += 1
             pause()
         else:  # cores are shared: the thread waited for may need this one
-            call_system(load(control + c.YIELD), 0, 0, 0, 0)
+            call_system(control, YIELD, 0, 0)
 
 
 @native
 def barrier(control, threads):
-    turn = atomic_load(control + c.BARRIER_TURN)
-    if atomic_add(control + c.BARRIER_COUNT, 1) == threads - 1:
-        atomic_store(control + c.BARRIER_COUNT, 0)
-        atomic_add(control + c.BARRIER_TURN, 1)
+    turn = atomic_load(control, BARRIER_TURN)
+    if atomic_add(control, BARRIER_COUNT, 1) == threads - 1:
+        atomic_store(control, BARRIER_COUNT, 0)
+        atomic_add(control, BARRIER_TURN, 1)
     else:
-        wait_while(control, control + c.BARRIER_TURN, turn)
+        wait_while(control, BARRIER_TURN, turn)
 
 
 @native
@@ -168,29 +212,27 @@ def drive(control, program, thread, threads):
 
     A kernel that fails does not stop the walk, as other threads count on this one at the barriers.
     """
-    row = load(program + c.REQUEST_TABLE)
-    rows = load(program + c.REQUEST_ROWS)
-    timing = load(program + c.REQUEST_TIMING)
+    row = load(program, REQUEST_TABLE)
+    rows = load(program, REQUEST_ROWS)
+    timing = load(program, REQUEST_TIMING)
     stamp = timing + thread * rows * 16
     for index in range(rows):
-        function = load(row + c.ROW_FUNCTION)
-        arguments = load(row + c.ROW_ARGUMENTS)
-        flags = load(row + c.ROW_FLAGS)
+        flags = load(row, ROW_FLAGS)
         if timing != 0:
-            store(stamp, ticks())
+            store(stamp, 0, ticks())
         status = 0
-        if flags & c.ALONE == 0:
-            status = call_kernel(function, arguments, thread, threads)
+        if flags & ALONE == 0:
+            status = call_kernel(row, thread, threads)
         elif thread == 0:
-            status = call_kernel(function, arguments, 0, 1)
+            status = call_kernel(row, 0, 1)
         if timing != 0:
-            store(stamp + 8, ticks())
+            store(stamp, 8, ticks())
             stamp += 16
         if status != 0:
-            atomic_store(program + c.REQUEST_FAILED, index + 1)
-        if flags & c.BARRIER and threads > 1:
+            atomic_store(program, REQUEST_FAILED, index + 1)
+        if flags & BARRIER and threads > 1:
             barrier(control, threads)
-        row += c.ROW_BYTES
+        row += ROW_BYTES
 
 
 @native
@@ -202,36 +244,33 @@ def wait_for_program(control, seen):
     wake-up is lost.
     """
     begin = ticks()
-    idle = load(control + c.IDLE_TICKS)
-    limit = load(control + c.SPIN_LIMIT)
+    idle = load(control, IDLE_TICKS)
+    limit = load(control, SPIN_LIMIT)
     polls = 0
-    while atomic_load(control + c.GENERATION) == seen:
+    while atomic_load(control, GENERATION) == seen:
         if polls < limit:
             polls += 1
             pause()
         else:
-            call_system(load(control + c.YIELD), 0, 0, 0, 0)
+            call_system(control, YIELD, 0, 0)
         if ticks() - begin > idle:
-            mutex = control + c.MUTEX
-            call_system(load(control + c.LOCK), mutex, 0, 0, 0)
-            atomic_add(control + c.SLEEPERS, 1)
-            while atomic_load(control + c.GENERATION) == seen:
-                # The third and fourth argument are Windows' (no time limit, no flags).
-                call_system(load(control + c.WAIT), control + c.CONDITION, mutex, -1, 0)
-            atomic_add(control + c.SLEEPERS, -1)
-            call_system(load(control + c.UNLOCK), mutex, 0, 0, 0)
+            call_system(control, LOCK, MUTEX, 0)
+            atomic_add(control, SLEEPERS, 1)
+            while atomic_load(control, GENERATION) == seen:
+                call_system(control, WAIT, CONDITION, MUTEX)
+            atomic_add(control, SLEEPERS, -1)
+            call_system(control, UNLOCK, MUTEX, 0)
 
 
 @native
 def post(control, program):
     """Hands a program to the workers and wakes those that sleep."""
-    store(control + c.PROGRAM, program)
-    atomic_add(control + c.GENERATION, 1)
-    if atomic_load(control + c.SLEEPERS) != 0:
-        mutex = control + c.MUTEX
-        call_system(load(control + c.LOCK), mutex, 0, 0, 0)
-        call_system(load(control + c.WAKE_ALL), control + c.CONDITION, 0, 0, 0)
-        call_system(load(control + c.UNLOCK), mutex, 0, 0, 0)
+    store(control, PROGRAM, program)
+    atomic_add(control, GENERATION, 1)
+    if atomic_load(control, SLEEPERS) != 0:
+        call_system(control, LOCK, MUTEX, 0)
+        call_system(control, WAKE_ALL, CONDITION, 0)
+        call_system(control, UNLOCK, MUTEX, 0)
 
 
 def participate(request):
@@ -242,38 +281,38 @@ def participate(request):
 
     Other threads run their share of each program posted, until the team is stopped.
     """
-    control = load(request + c.REQUEST_CONTROL)
-    thread = load(request + c.REQUEST_THREAD)
-    threads = load(control + c.THREADS)
+    control = load(request, REQUEST_CONTROL)
+    thread = load(request, REQUEST_THREAD)
+    threads = load(control, THREADS)
     program = request
     seen = 0
     if thread == 0:
-        store(program + c.REQUEST_FAILED, 0)
+        store(program, REQUEST_FAILED, 0)
         if threads > 1:
             post(control, program)
     while True:
         if thread != 0:
             wait_for_program(control, seen)
-            seen = atomic_load(control + c.GENERATION)
-            program = load(control + c.PROGRAM)
-        if load(control + c.STOP) != 0:
+            seen = atomic_load(control, GENERATION)
+            program = load(control, PROGRAM)
+        if load(control, STOP) != 0:
             if thread != 0:
-                atomic_add(control + c.LEFT, 1)  # the last use of the control block
+                atomic_add(control, LEFT, 1)  # the last use of the control block
             return
         drive(control, program, thread, threads)
         if thread == 0:
             break
-        atomic_add(control + c.DONE, 1)
+        atomic_add(control, DONE, 1)
     if threads > 1:
-        done = atomic_load(control + c.DONE)
+        done = atomic_load(control, DONE)
         while done != threads - 1:
-            wait_while(control, control + c.DONE, done)
-            done = atomic_load(control + c.DONE)
-        atomic_store(control + c.DONE, 0)
-    if load(program + c.REQUEST_FAILED) != 0:
+            wait_while(control, DONE, done)
+            done = atomic_load(control, DONE)
+        atomic_store(control, DONE, 0)
+    if load(program, REQUEST_FAILED) != 0:
         raise RuntimeError
 
 
 def clock(result):
     """Writes the tick counter to the address `result`."""
-    store(result, ticks())
+    store(result, 0, ticks())

@@ -40,6 +40,7 @@ PARALLEL_FROM: Final = 4  # kernels; fewer are compiled sooner than a worker has
 KERNELS_A_WORKER: Final = 3
 MAX_WORKERS: Final = 8  # each takes about 150 MB
 STALL_SECONDS: Final = 120.0
+_numbered_process = 0
 
 
 class Job(NamedTuple):
@@ -76,10 +77,11 @@ def _number_symbols_at_random() -> None:
     """Numba numbers its symbols from 1 in each process, so that two processes give one name to
     different code; and object code of both meets in one linker later. Start at a random number.
     """
-    from numba.core.bytecode import FunctionIdentity
+    global _numbered_process
+    if _numbered_process != os.getpid():  # a child of a fork starts anew
+        from numba.core.bytecode import FunctionIdentity
 
-    if getattr(FunctionIdentity, "_graphc_process", None) != os.getpid():
-        FunctionIdentity._graphc_process = os.getpid()
+        _numbered_process = os.getpid()
         FunctionIdentity._unique_ids = itertools.count(int.from_bytes(os.urandom(5), "little"))
 
 
@@ -181,7 +183,9 @@ class _Worker:
         except OSError as error:
             log.warning("no compiling process can be started: %s", error)
             return
-        self._thread = threading.Thread(target=self._feed, name="graphc-build", daemon=True)
+        self._thread = threading.Thread(
+            target=self._feed, args=(self._process,), name="graphc-build", daemon=True
+        )
         self._thread.start()
 
     def kill(self) -> None:
@@ -192,13 +196,11 @@ class _Worker:
     def join(self) -> None:
         if self._process is not None:
             self._thread.join()
-            self._process.wait()
-            for stream in (self._process.stdin, self._process.stdout):
-                with contextlib.suppress(OSError):
-                    stream.close()
+            with contextlib.suppress(OSError):
+                self._process.communicate()
 
-    def _feed(self) -> None:
-        process = self._process
+    def _feed(self, process: "subprocess.Popen[bytes]") -> None:
+        assert process.stdin is not None and process.stdout is not None
         if process.stdout.readline() != b"ready\n":
             return
         while True:

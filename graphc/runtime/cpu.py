@@ -7,16 +7,20 @@ from typing import Any
 
 import numpy as np
 
+from graphc import errors
 from graphc.codegen.program import Launch
+from graphc.interpreter import interpret
 from graphc.ir import SOURCES, Graph, Node, Value
 from graphc.runtime.arena import Arena, aligned_zeros
 from graphc.runtime.driver import ALONE, BARRIER, launch_table
 from graphc.runtime.executable import Executable
+from graphc.runtime.inputs import checked_array, missing_input, unknown_input
 from graphc.runtime.layout import read_layout, write_layout
 from graphc.runtime.linker import KernelSource, load_kernels
 from graphc.runtime.team import get_team
 
 _ALIGN = 64
+_COPY_BYTES = 16384
 Progress = Callable[[int, int, float, str], None]
 
 
@@ -32,14 +36,17 @@ class CpuExecutable(Executable):
         threads: int,
         seed: int,
         progress: Progress | None = None,
+        check: bool = False,
     ):
         super().__init__(graph, seed)
+        self.check = check
         self.threads = threads
         self.launches = launches
         self.plan = graph.annotations["memory"]
         self._place_sources()
         self._arena = Arena(max(_ALIGN, self.plan.arena_bytes))
         self._build_table(progress)
+        self._prepare_inputs()
         self._initialise()
 
     # ---- memory
@@ -110,33 +117,100 @@ class CpuExecutable(Executable):
         self.compiled_kernels = loaded.compiled
         self._team = get_team(self.threads)
         self._program = self._team.program(self._table.ctypes.data, len(table)) if table else None
-        self._outputs = [(name, self._root(v), v) for name, v in self.graph.outputs.items()]
-        self._copied = [(n, v) for n, v in self.graph.updates.items() if n not in self._in_place]
+        self._outputs = [
+            (name, self._view(v), v.layout.lane_axis is None) for name, v in self.graph.outputs.items()
+        ]
+        self._copied = [
+            (self._view(self.graph.node(n)[0]), self._view(v))
+            for n, v in self.graph.updates.items()
+            if n not in self._in_place
+        ]
+
+    def _prepare_inputs(self) -> None:
+        """What a call does for each input: (name, shape, dtype, default, memory to copy to, slots to patch).
+
+        Small inputs are copied into the executable's memory, which is cheaper than asking NumPy for an
+        address; kernels read large ones where they are."""
+        self._calls = []
+        for name, node in self.inputs.items():
+            shape, dtype = node.types[0].shape, np.dtype(node.types[0].dtype)
+            default = node.attrs.get("default")
+            default = None if default is None else np.asarray(default, dtype)
+            copied = node.types[0].nbytes <= _COPY_BYTES or name not in self._patches or self.check
+            staging = self._view(node[0]) if copied else None
+            self._calls.append((name, node, shape, dtype, default, staging, self._patches.get(name)))
 
     def run(self, inputs: Mapping[str, Any], out: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
-        arrays = self._checked(inputs)
+        keep = []
+        given = 0
         if out is not None:
             self._checked_out(out)
         with self._lock:
-            for name, array in arrays.items():
-                if name in self._patches:
-                    self._arguments[self._patches[name]] = array.ctypes.data
+            for name, node, shape, dtype, default, staging, slots in self._calls:
+                array = inputs.get(name)
+                if array is None:
+                    if default is None:
+                        raise missing_input(node)
+                    array = default
+                else:
+                    given += 1
+                    right = type(array) is np.ndarray and array.dtype == dtype and array.shape == shape
+                    if not (right and (staging is not None or array.flags.c_contiguous)):
+                        array = checked_array(node, array)
+                if staging is None:
+                    keep.append(array)
+                    self._arguments[slots] = array.ctypes.data
+                else:
+                    staging[...] = array
+            if given != len(inputs):
+                raise unknown_input(next(n for n in inputs if n not in self.inputs), list(self.inputs))
+            if self.check:
+                return self._run_checked(out)
             if self._program is not None:
                 self._program.run()
-            outputs = {}
-            for name, root, value in self._outputs:
-                if root.node.op == "input":
-                    outputs[name] = arrays[root.node.name].reshape(value.shape).copy()
-                else:
-                    outputs[name] = read_layout(self._view(value), value.shape, value.layout)
-            fresh = [(n, self._view(v).copy()) for n, v in self._copied if self._root(v).node.op != "input"]
-            for name, contents in fresh:
-                self._view(self.graph.node(name)[0])[...] = contents
-        if out is not None:
-            for name, array in out.items():
-                array[...] = outputs[name]
-                outputs[name] = array
+            return self._results(out)
+
+    def _results(self, out: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+        outputs = {}
+        for name, view, plain in self._outputs:
+            if out is not None and name in out:
+                outputs[name] = out[name]
+                out[name][...] = view if plain else read_layout(view, out[name].shape, self.graph.outputs[name].layout)
+            else:
+                value = self.graph.outputs[name]
+                outputs[name] = view.copy() if plain else read_layout(view, value.shape, value.layout)
+        fresh = [(target, view.copy()) for target, view in self._copied]
+        for target, contents in fresh:
+            target[...] = contents
         return outputs
+
+    def _run_checked(self, out: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+        """Run, then compare every region with the interpreter on the operands that its kernel had.
+
+        The plan of a checked executable never reuses memory, so everything can still be looked at."""
+        before = {n.name: self._logical(n[0]) for n in self.graph if n.op in SOURCES}
+        self._arena.poison()
+        if self._program is not None:
+            self._program.run()
+        for launch in self.launches:
+            node = launch.node
+            named = {}
+            for i, value in enumerate(node.inputs):
+                root = self._root(value)
+                source = before[root.node.name] if root.node.op in SOURCES else self._logical(root)
+                named[f"operand{i}"] = source.reshape(value.shape)
+            expected = interpret(node.attrs["body"], named).outputs
+            for i, value in enumerate(node.outputs):
+                difference = _difference(self._logical(value), expected[f"result{i}"])
+                if difference:
+                    raise errors.CheckError(
+                        f"{node.describe()}: the kernel's {value.name!r} {value.type} differs from the "
+                        f"interpreter: {difference}; kernel source: {self.kernel_paths.get(node.name, '-')}"
+                    )
+        return self._results(out)
+
+    def _logical(self, value: Value) -> np.ndarray:
+        return read_layout(self._view(value), value.shape, value.layout)
 
     def _read(self, name: str) -> np.ndarray:
         node: Node = self.state_nodes[name]
@@ -149,3 +223,21 @@ class CpuExecutable(Executable):
     def poison(self) -> None:
         """Fill the activation arena with NaN: tests prove that no kernel reads what none has written."""
         self._arena.poison()
+
+
+def _difference(got: np.ndarray, expected: np.ndarray) -> str:
+    """What is wrong with a kernel's result, or "". Rounding differs; a value within 1e-4 of the largest
+    is equal. The position of a maximum may differ where two elements are equal up to rounding."""
+    if got.shape != expected.shape or got.size == 0:
+        return "" if got.shape == expected.shape else f"shape {got.shape} instead of {expected.shape}"
+    if expected.dtype.kind != "f":
+        wrong = int((got != expected).sum())
+        return f"{wrong} of {got.size} elements differ" if wrong > 0.01 * got.size else ""
+    both = np.isfinite(expected)
+    if not np.array_equal(both, np.isfinite(got)):
+        return f"{int((both != np.isfinite(got)).sum())} elements are finite in one only"
+    scale = max(float(np.abs(expected[both]).max(initial=0.0)), 1e-6)
+    error = np.abs(got[both].astype(np.float64) - expected[both])
+    if error.size and float(error.max()) > 1e-4 * scale:
+        return f"by up to {error.max():.3g}, where the largest element is {scale:.3g}"
+    return ""

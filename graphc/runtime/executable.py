@@ -30,6 +30,7 @@ class Executable:
         self.inputs: dict[str, Node] = graph.inputs
         self.output_names = tuple(graph.outputs)
         self.state_nodes: dict[str, Node] = {**graph.parameters, **graph.states}
+        self.records: tuple[Any, ...] = ()
         self._lock = threading.RLock()
 
     # ---- running

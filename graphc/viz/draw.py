@@ -80,11 +80,7 @@ def draw(graph: Any) -> Drawing:
 def scene(graph: Graph) -> Scene:
     """The shapes of the picture."""
     phase = {node.name: phase_of(node) for node in graph}
-    inlined = {
-        node.name
-        for node in graph
-        if node.op in SOURCES and node.op != "input" and graph.nx.out_degree(node.name)
-    }
+    inlined = {node.name for node in graph if _is_inlined(node)}
     edges = [
         (value.node.name, node.name)
         for node in graph
@@ -119,6 +115,13 @@ def scene(graph: Graph) -> Scene:
     return picture
 
 
+def _is_inlined(node: Node) -> bool:
+    """Whether a node is shown where it is used: parameters, states, constants, learning rates."""
+    if node.op == "input":
+        return node.types[0].shape == () and "default" in node.attrs
+    return node.op == "constant" or (node.op in SOURCES and node.graph.nx.out_degree(node.name) > 0)
+
+
 class _Box:
     """One node: lines of text, and for a fused node an inner box for each operator in it."""
 
@@ -127,14 +130,14 @@ class _Box:
     ) -> None:
         self.kind = "input" if node.op == "input" else phase_of(node)
         self.tooltip = repr(node)
-        self.title, self.op = _shorten(node.name), node.op if node.op != node.name else ""
-        if node.op == "fused":
-            self.op = ""
+        fused = fused_operators(node)
+        op = fused[0].op if len(fused) == 1 else "" if fused else node.op
+        self.title, self.op = _shorten(node.name), "" if op == node.name else op
         attributes = "" if node.op in (*SOURCES, "fused") else _attributes(node)
         self.details = [attributes] if attributes else []
         self.details += [_shorten(_type_and_layout(value)) for value in node.outputs[:3]]
         self.notes = list(_notes(node, graph, inlined, far))
-        self.inner = [_inner_line(n) for n in fused_operators(node)]
+        self.inner = [_inner_line(n) for n in fused] if len(fused) > 1 else []
         self.size = self._measure()
 
     @classmethod
@@ -186,7 +189,7 @@ class _Box:
 def _notes(node: Node, graph: Graph, inlined: set[str], far: set[tuple[str, str]]) -> Iterator[str]:
     for value in node.inputs:
         source = value.node
-        if source.op == "constant" and source.name in inlined:
+        if source.op == "constant":
             yield _shorten(f"constant {_constant(source)}")
         elif source.name in inlined:
             name = source.name.removeprefix(f"{node.origin.layer}.")

@@ -1,0 +1,59 @@
+"""The networks that the command line knows by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from graphc import zoo
+from graphc.errors import GraphcError
+from graphc.ir import Graph
+
+Shape = tuple[int, ...]
+
+
+def _lenet(shape: Shape, classes: int) -> Graph:
+    if shape != (1, 28, 28):
+        raise GraphcError(
+            f"lenet takes grey images of 28x28 [1, 28, 28], these are {list(shape)}; "
+            "mlp takes any size"
+        )
+    return zoo.lenet5(classes=classes)
+
+
+def _mlp(shape: Shape, classes: int) -> Graph:
+    return zoo.mlp(input_shape=shape, classes=classes)
+
+
+# (shape of an image, number of classes) -> graph with inputs image, label; outputs logits, loss.
+MODELS: dict[str, Callable[[Shape, int], Graph]] = {"lenet": _lenet, "mlp": _mlp}
+
+
+def build(model: str, shape: Shape, classes: int) -> Graph:
+    """The named network for images of `shape` [C, H, W]. Raises GraphcError."""
+    return MODELS[choose("model", model, MODELS)](shape, classes)
+
+
+def choose(what: str, name: str, known) -> str:
+    """`name` if it is one of `known`. Raises GraphcError listing them."""
+    if name not in known:
+        raise GraphcError(f"no {what} {name!r}; choose from {', '.join(known)}")
+    return name
+
+
+def draw_model(model: str, stage: str, batch: int, path: Path) -> Path:
+    """Write a picture of the network for 28x28 images in ten classes; returns its path."""
+    from graphc import optim, viz
+    from graphc.compile import compile
+
+    choose("stage", stage, ("declared", "inference", "training"))
+    graph = build(model, (1, 28, 28), 10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if stage == "declared":
+        return viz.draw(graph).save(path)
+    dims = {"N": batch}
+    if stage == "inference":
+        return viz.draw(compile(graph, outputs=["logits"], dims=dims)).save(path)
+    optimizer = optim.SGD(0.1, momentum=0.9)
+    step = compile(graph, outputs=["loss"], dims=dims, loss="loss", optimizer=optimizer)
+    return viz.draw(step).save(path)
