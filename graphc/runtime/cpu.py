@@ -137,7 +137,7 @@ class CpuExecutable(Executable):
             default = node.attrs.get("default")
             default = None if default is None else np.asarray(default, dtype)
             copied = node.types[0].nbytes <= _COPY_BYTES or name not in self._patches or self.check
-            staging = self._view(node[0]) if copied else None
+            staging = self._view(node[0]).reshape(shape) if copied else None
             self._calls.append((name, node, shape, dtype, default, staging, self._patches.get(name)))
 
     def run(self, inputs: Mapping[str, Any], out: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
