@@ -16,6 +16,7 @@ from graphc.runtime.executable import Executable, InterpretedExecutable
 from passes.assign_layouts import AssignLayouts
 from passes.autodiff import differentiate
 from passes.base import PassRecord, Pipeline
+from passes.choose_convolutions import ChooseConvolutions
 from passes.explicit_padding import ExplicitPadding
 from passes.fuse import Fuse
 from passes.pipeline import BACKWARD, FORWARD, MEMORY
@@ -62,7 +63,9 @@ def compile(
     Raises GraphcError subclasses, each naming the node and what to change.
     """
     _check_options(target, threads, precision, mode, outputs)
-    joint, records = transform(graph, outputs, dims or {}, loss, gradients, optimizer, mode, seed)
+    joint, records = transform(
+        graph, outputs, dims or {}, loss, gradients, optimizer, mode, seed, algorithms(target, precision)
+    )
     if target == "interpret":
         executable: Executable = InterpretedExecutable(joint, seed)
         executable.records = records
@@ -95,6 +98,15 @@ def default_pipeline(layout: str | None = None) -> Pipeline:
     )
 
 
+def algorithms(target: str, precision: str) -> Pipeline:
+    """Rewrites to faster algorithms that round a little more than the definition."""
+    if target == "interpret" or precision == "strict":
+        return Pipeline()
+    from graphc.codegen.target import host_lanes
+
+    return Pipeline((ChooseConvolutions(host_lanes()),))
+
+
 def transform(
     graph: Graph,
     outputs: Sequence[str],
@@ -104,8 +116,9 @@ def transform(
     optimizer: Optimizer | None = None,
     mode: str | None = None,
     seed: int = 0,
+    algorithms: Pipeline | None = None,
 ) -> tuple[Graph, tuple[PassRecord, ...]]:
-    """Bind, differentiate, add the optimizer and simplify: everything before targets differ."""
+    """Bind, choose algorithms, differentiate, add the optimizer and simplify."""
     if (gradients or optimizer) and loss is None:
         raise errors.GradientError("gradients and optimizers need loss=...: the name of the scalar to differentiate")
     names = [*outputs, *([loss] if loss else [])]
@@ -117,7 +130,7 @@ def transform(
     g.annotations["batch"] = dims.get(batch) if batch else None
 
     training = mode == "train" if mode else bool(gradients or optimizer)
-    g, records = (Pipeline((SetMode(training, seed),)) + FORWARD).run(g)
+    g, records = (Pipeline((SetMode(training, seed),)) + FORWARD + (algorithms or Pipeline())).run(g)
     if gradients or optimizer:
         trained = [n for n, p in g.parameters.items() if optimizer and p.attrs["trainable"]]
         wrt = list(dict.fromkeys([*gradients, *trained]))

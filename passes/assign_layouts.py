@@ -64,7 +64,7 @@ def _cost(graph: Graph, mode: str, lanes: int, batch: int | None) -> float:
             total += work
         elif inner.op == "matmul":
             total += work * (1.15 if mode == CHANNELS else 1.6)
-        elif mode == PLAIN:
+        elif mode == PLAIN or "groups" not in inner.attrs:
             total += work * 1.6
         else:
             weight = inner.attrs.get("weight_shape") or inner.inputs[1].shape
@@ -77,6 +77,15 @@ def _cost(graph: Graph, mode: str, lanes: int, batch: int | None) -> float:
 
 def _multiply_adds(node: Node) -> float:
     out = math.prod(node.types[0].shape)
+    if node.op == "tile_transform":
+        return out * node.inputs[1].shape[1]
+    if node.op == "tile_transform_grad":
+        return math.prod(node.inputs[0].shape) * node.inputs[1].shape[1]
+    if node.op.startswith("toom_conv"):
+        g = node.inputs[1] if node.op == "toom_conv_weight_grad" else node.inputs[0]
+        weight = node.types[0].shape if node.op == "toom_conv_weight_grad" else node.inputs[1].shape
+        channels = weight[0] if node.op == "toom_conv_input_grad" else weight[1]
+        return (math.prod(g.shape) if node.op != "toom_conv" else out) * channels * weight[2]
     if node.op == "matmul":
         return out * node.inputs[0].shape[-1]
     if node.op == "conv2d":
@@ -131,7 +140,7 @@ class _Assign:
         if node.op in ("parameter", "state", "constant"):
             return False
         inner = contraction(node)
-        if inner is not None and inner.op == "conv2d_weight_grad":
+        if inner is not None and inner.op.endswith("weight_grad"):
             return False
         if inner is not None and inner.op == "matmul":
             left = inner.inputs[0]
@@ -242,6 +251,12 @@ class _Assign:
         images = {v.node.name for v in inner.inputs if v.node.op == "input"}
         converted = []
         for name, value in zip(names, inputs, strict=True):
+            if inner.op == "matmul" and self.mode == BATCH and value in self.batched:
+                # A weight gradient sums over the batch: its lanes run along rows of the right operand.
+                left, right = inner.inputs
+                if left.node.op == "transpose" and right.node.name == name and right.shape[-1] >= 2 * self.lanes:
+                    converted.append(self.convert(value, ROWS))
+                    continue
             if name in images and value in self.batched and value.layout == ROWS:
                 if self.mode == BATCH:
                     value = self.convert(value, self._lane(0))

@@ -238,6 +238,18 @@ def transpose_of_transpose(m: Match) -> Value | None:
     return m.emit("transpose", x.node.inputs[0], axes=tuple(inner[a] for a in axes))
 
 
+def transpose_of_product(m: Match) -> Value | None:
+    """(a @ b).T is b.T @ a.T: the gradient of a transposed weight comes out in the weight's own axes."""
+    (x,) = m.inputs
+    if x.node.op != "matmul" or x.rank != 2 or m.attrs["axes"] != (1, 0):
+        return None
+    a, b = x.node.inputs
+    if a.rank != 2 or b.rank != 2 or m.take(x) is None:
+        return None
+    left, right = (m.emit("transpose", v, axes=(1, 0)) for v in (b, a))
+    return m.emit("matmul", left, right)
+
+
 # ---- max pooling
 
 
@@ -293,7 +305,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "slice": (identity,),
     "pad": (identity,),
     "concat": (identity,),
-    "transpose": (transpose_of_transpose,),
+    "transpose": (transpose_of_transpose, transpose_of_product),
     "reshape": (identity, reshape_of_reshape, reshape_of_expanded_scalar),
 }
 

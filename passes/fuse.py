@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from graphc.ir import SOURCES, Graph, Node, Value
 from graphc.ops.registry import get
 
-CONTRACTIONS = frozenset({"matmul", "conv2d", "conv2d_input_grad", "conv2d_weight_grad"})
+CONTRACTIONS = frozenset(
+    "matmul conv2d conv2d_input_grad conv2d_weight_grad tile_transform tile_transform_grad "
+    "toom_conv toom_conv_input_grad toom_conv_weight_grad".split()
+)
 WINDOWS = frozenset({"max_pool2d", "max_pool2d_argmax", "avg_pool2d"})
 REDUCTIONS = frozenset({"sum", "max", "min", "prod", "argmax"})
 # Index maps: they cost nothing where they are read, so every reader gets its own copy.

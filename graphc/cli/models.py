@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import graphc as gc
 from graphc import zoo
 from graphc.errors import GraphcError
 from graphc.ir import Graph
@@ -43,17 +44,14 @@ def choose(what: str, name: str, known) -> str:
 
 def draw_model(model: str, stage: str, batch: int, path: Path) -> Path:
     """Write a picture of the network for 28x28 images in ten classes; returns its path."""
-    from graphc import optim, viz
-    from graphc.compile import compile
-
     choose("stage", stage, ("declared", "inference", "training"))
     graph = build(model, (1, 28, 28), 10)
     path.parent.mkdir(parents=True, exist_ok=True)
     if stage == "declared":
-        return viz.draw(graph).save(path)
+        return gc.viz.draw(graph).save(path)
     dims = {"N": batch}
     if stage == "inference":
-        return viz.draw(compile(graph, outputs=["logits"], dims=dims)).save(path)
-    optimizer = optim.SGD(0.1, momentum=0.9)
-    step = compile(graph, outputs=["loss"], dims=dims, loss="loss", optimizer=optimizer)
-    return viz.draw(step).save(path)
+        return gc.viz.draw(gc.compile(graph, outputs=["logits"], dims=dims)).save(path)
+    optimizer = gc.optim.SGD(0.1, momentum=0.9)
+    step = gc.compile(graph, outputs=["loss"], dims=dims, loss="loss", optimizer=optimizer)
+    return gc.viz.draw(step).save(path)

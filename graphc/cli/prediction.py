@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+import graphc as gc
 from graphc import data
 from graphc import train as training
 from graphc.cli.models import build
@@ -57,11 +58,9 @@ def run(
         names, images = _from_files(network, files)
         labels = None
 
-    from graphc.compile import compile
-
     graph = build(network.model, network.image_shape, len(network.classes))
     dims = {"N": min(len(images), 64)}
-    executable = compile(graph, outputs=["logits"], dims=dims, threads=threads, target=target)
+    executable = gc.compile(graph, outputs=["logits"], dims=dims, threads=threads, target=target)
     executable.load_state(state)
     logits = training.predict(executable, images).astype(np.float64)
     _print(network, names, logits, labels)

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+import graphc as gc
 from graphc import data, optim
 from graphc import train as training
 from graphc.cli.models import MODELS, build, choose
@@ -107,11 +108,9 @@ def augmentation(name: str) -> data.Augment:
 
 
 def _compile(options: Options, graph, optimizer, console: Console):
-    from graphc.compile import compile
-
     common = {"target": options.target, "threads": options.threads, "seed": options.seed}
     began = time.perf_counter()
-    train = compile(
+    train = gc.compile(
         graph,
         outputs=["loss", "logits"],
         dims={"N": options.batch},
@@ -119,7 +118,7 @@ def _compile(options: Options, graph, optimizer, console: Console):
         optimizer=optimizer,
         **common,
     )
-    infer = compile(graph, outputs=["logits"], dims={"N": _EVALUATION_BATCH}, **common)
+    infer = gc.compile(graph, outputs=["logits"], dims={"N": _EVALUATION_BATCH}, **common)
     seconds = time.perf_counter() - began
     console.print(
         f"compiled {options.model} for training in batches of {options.batch} and for inference "
@@ -224,12 +223,10 @@ def _files(model: str) -> dict[str, str]:
 
 def _write_pictures(options: Options, train, history, files: dict[str, Path]) -> dict[str, str]:
     """What could not be drawn, and why."""
-    from graphc import viz
-
     title = f"{options.model}: test accuracy {history.final.test_accuracy:.2%}"
-    picture = viz.draw(train)
+    picture = gc.viz.draw(train)
     tasks = {
-        "learning curve": lambda path: viz.learning_curve(history, path, title),
+        "learning curve": lambda path: gc.viz.learning_curve(history, path, title),
         "graph": picture.save,
         "graph as png": picture.save,
     }

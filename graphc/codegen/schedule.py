@@ -13,13 +13,13 @@ import math
 from graphc.codegen.kernel import Access, Kernel, Loop, Schedule
 from graphc.expr import Expr
 
-_COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14)
+_COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14)
 
 
 def choose_schedule(kernel: Kernel, lanes: int, threads: int) -> Schedule:
     """The schedule of a kernel whose results already have their layouts. May split loops of the kernel."""
+    _collapse(kernel, _bounded(kernel))
     fixed = _bounded(kernel)
-    _collapse(kernel, fixed)
     lane = _choose_lane(kernel, lanes, fixed)
     tile = _choose_tile(kernel, lane, lanes, fixed) if lane or _main_reduction(kernel) else ()
     outer = [n for n in kernel.outer if n != lane]
@@ -173,7 +173,7 @@ def _windows(kernel: Kernel, main: Expr) -> tuple[str, ...]:
 
 def _choose_tile(kernel: Kernel, lane: str | None, lanes: int, fixed: set[str]) -> tuple[tuple[str, int], ...]:
     main = _main_reduction(kernel)
-    if main is None:
+    if main is None or not kernel.trips(kernel.loops):
         return ()
     used = kernel.free(main)
     windows = _windows(kernel, main)

@@ -46,7 +46,6 @@ from graphc.runtime.control import (
     UNLOCK,
     WAIT,
     WAKE_ALL,
-    YIELD,
 )
 
 # Helpers are called by native code only: without the wrappers for Python they compile faster.
@@ -184,16 +183,32 @@ def call_system(typing_context, control, function, first, second):
 
 
 @native
-def wait_while(control, offset, value):
-    """Returns when the word at `offset` no longer is `value`."""
-    limit = load(control, SPIN_LIMIT)
-    polls = 0
+def wait_while(control, offset, value, limit):
+    """Returns when the word at `offset` no longer is `value`: polls a while, then blocks.
+
+    The blocking half is a monitor: the word is compared with the mutex held, and whoever changes
+    it while SLEEPERS is not 0 wakes all with the mutex held. See `team.py` for why no wake-up is
+    lost.
+    """
+    begin = ticks()
     while atomic_load(control, offset) == value:
-        if polls < limit:
-            polls += 1
-            pause()
-        else:  # cores are shared: the thread waited for may need this one
-            call_system(control, YIELD, 0, 0)
+        pause()
+        if ticks() - begin > limit:
+            call_system(control, LOCK, MUTEX, 0)
+            atomic_add(control, SLEEPERS, 1)
+            while atomic_load(control, offset) == value:
+                call_system(control, WAIT, CONDITION, MUTEX)
+            atomic_add(control, SLEEPERS, -1)
+            call_system(control, UNLOCK, MUTEX, 0)
+
+
+@native
+def wake(control):
+    """To be called after a change of a word that threads may be waiting for."""
+    if atomic_load(control, SLEEPERS) != 0:
+        call_system(control, LOCK, MUTEX, 0)
+        call_system(control, WAKE_ALL, CONDITION, 0)
+        call_system(control, UNLOCK, MUTEX, 0)
 
 
 @native
@@ -202,8 +217,9 @@ def barrier(control, threads):
     if atomic_add(control, BARRIER_COUNT, 1) == threads - 1:
         atomic_store(control, BARRIER_COUNT, 0)
         atomic_add(control, BARRIER_TURN, 1)
+        wake(control)
     else:
-        wait_while(control, BARRIER_TURN, turn)
+        wait_while(control, BARRIER_TURN, turn, load(control, SPIN_LIMIT))
 
 
 @native
@@ -235,44 +251,6 @@ def drive(control, program, thread, threads):
         row += ROW_BYTES
 
 
-@native
-def wait_for_program(control, seen):
-    """Returns when GENERATION no longer is `seen`: polls a while, then blocks.
-
-    The blocking half is a monitor: the generation is compared with the mutex held, and whoever
-    posts a program while SLEEPERS is not 0 wakes all with the mutex held. See `team.py` for why no
-    wake-up is lost.
-    """
-    begin = ticks()
-    idle = load(control, IDLE_TICKS)
-    limit = load(control, SPIN_LIMIT)
-    polls = 0
-    while atomic_load(control, GENERATION) == seen:
-        if polls < limit:
-            polls += 1
-            pause()
-        else:
-            call_system(control, YIELD, 0, 0)
-        if ticks() - begin > idle:
-            call_system(control, LOCK, MUTEX, 0)
-            atomic_add(control, SLEEPERS, 1)
-            while atomic_load(control, GENERATION) == seen:
-                call_system(control, WAIT, CONDITION, MUTEX)
-            atomic_add(control, SLEEPERS, -1)
-            call_system(control, UNLOCK, MUTEX, 0)
-
-
-@native
-def post(control, program):
-    """Hands a program to the workers and wakes those that sleep."""
-    store(control, PROGRAM, program)
-    atomic_add(control, GENERATION, 1)
-    if atomic_load(control, SLEEPERS) != 0:
-        call_system(control, LOCK, MUTEX, 0)
-        call_system(control, WAKE_ALL, CONDITION, 0)
-        call_system(control, UNLOCK, MUTEX, 0)
-
-
 def participate(request):
     """Runs as the thread that `request` (see `control.py`) says.
 
@@ -289,10 +267,12 @@ def participate(request):
     if thread == 0:
         store(program, REQUEST_FAILED, 0)
         if threads > 1:
-            post(control, program)
+            store(control, PROGRAM, program)
+            atomic_add(control, GENERATION, 1)
+            wake(control)
     while True:
         if thread != 0:
-            wait_for_program(control, seen)
+            wait_while(control, GENERATION, seen, load(control, IDLE_TICKS))
             seen = atomic_load(control, GENERATION)
             program = load(control, PROGRAM)
         if load(control, STOP) != 0:
@@ -303,10 +283,11 @@ def participate(request):
         if thread == 0:
             break
         atomic_add(control, DONE, 1)
+        wake(control)
     if threads > 1:
         done = atomic_load(control, DONE)
         while done != threads - 1:
-            wait_while(control, DONE, done)
+            wait_while(control, DONE, done, load(control, SPIN_LIMIT))
             done = atomic_load(control, DONE)
         atomic_store(control, DONE, 0)
     if load(program, REQUEST_FAILED) != 0:

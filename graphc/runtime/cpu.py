@@ -91,7 +91,7 @@ class CpuExecutable(Executable):
     # ---- program
 
     def _build_table(self, progress: Progress | None) -> None:
-        rows = [launch for launch in self.launches if all(v.type.size for v in launch.node.outputs)]
+        rows = [launch for launch in self.launches if any(v.type.size for v in launch.node.outputs)]
         sources = [KernelSource("kernel", launch.call.source) for launch in rows]
         loaded = load_kernels(sources, progress=progress)
         total = sum(launch.call.buffers + len(launch.call.numbers) for launch in rows)

@@ -153,7 +153,7 @@ class Team:
         words[:] = 0
         words[c.THREADS // 8] = self.threads
         # With more threads than cores the one waited for is likely not running: yield at once.
-        words[c.SPIN_LIMIT // 8] = SPIN_LIMIT if self.threads <= available_cores() else 20
+        words[c.SPIN_LIMIT // 8] = int(float(os.environ.get("BS","100"))*2445)
         words[c.IDLE_TICKS // 8] = int(idle_us * 1e-6 * self._driver.ticks_per_second())
         for offset, address in _system_functions(self._control).items():
             words[offset // 8] = address

@@ -1,0 +1,97 @@
+"""How much work there is: operations and bytes of a kernel, operations of a graph.
+
+Operations are what the algorithm needs, not what instructions do: a multiply-add is two, every other
+floating-point function one, comparisons, selections and integer arithmetic none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from graphc.codegen.kernel import Access, Kernel
+from graphc.codegen.program import Launch
+from graphc.expr import FUNCTIONS
+from graphc.ir import SOURCES, Graph, Node, Value
+
+_FREE = frozenset("select cast lt le gt ge eq ne bit_xor shift_left shift_right rotate_left".split())
+_FREE |= {"and_", "or_", "not_", "xor_"}
+
+
+def points(kernel: Kernel, loops: Iterable[str]) -> int:
+    """Iterations of a nest of loops; the short last block of a ragged loop counts as it is."""
+    names = set(loops)
+    count = 1
+    for name in names:
+        loop = kernel.loops[name]
+        ragged_inside = any(
+            kernel.loops[n].ragged and kernel.loops[n].block == name for n in names
+        )
+        if loop.ragged and loop.block in names:
+            count *= loop.total or 0
+        elif not ragged_inside:
+            count *= loop.extent
+    return count
+
+
+def kernel_flops(kernel: Kernel) -> int:
+    """Floating-point operations of one launch, each value counted once where it is known first."""
+    total = 0
+    for e in kernel.expressions():
+        if e.op == "reduce":
+            total += points(kernel, kernel.free(e.args[0]))
+        elif e.op in FUNCTIONS and e.op not in _FREE and e.dtype.startswith("float"):
+            total += points(kernel, kernel.free(e)) * (2 if e.op == "fma" else 1)
+    return total
+
+
+def launch_bytes(launch: Launch) -> int:
+    """Bytes that a launch must move: each element of an operand it reads, each result, once."""
+    kernel = launch.kernel
+    values: list[Value] = [*launch.node.inputs, *launch.node.outputs]
+    touched: dict[int, set[Access]] = {}
+    for e in kernel.expressions():
+        if e.op == "load":
+            touched.setdefault(e.attributes["access"].buffer, set()).add(e.attributes["access"])
+    for store in kernel.stores:
+        touched.setdefault(store.access.buffer, set()).add(store.access)
+    total = 0
+    for buffer, accesses in touched.items():
+        value = values[buffer]
+        elements = sum(points(kernel, (n for n, s in a.strides if s)) for a in accesses)
+        total += min(elements * value.type.itemsize, stored_bytes(value))
+    return total
+
+
+def stored_bytes(value: Value) -> int:
+    """Bytes of a value in its layout, padded lanes included."""
+    shape = value.layout.physical_shape(value.shape)  # type: ignore[arg-type]
+    return math.prod(shape) * value.type.itemsize
+
+
+def contraction_flops(graph: Graph) -> int:
+    """Operations of all convolutions and matrix products of a bound graph, counted as direct ones.
+
+    What implementations of one network have in common: the figure that GFLOP/s of benchmarks
+    refer to, whatever algorithm (Winograd, FFT) a library chooses.
+    """
+    total = 0
+    for node in graph:
+        body = node.attrs.get("body")
+        if isinstance(body, Graph):
+            total += contraction_flops(body)
+        elif node.op not in SOURCES:
+            total += 2 * _multiply_adds(node)
+    return total
+
+
+def _multiply_adds(node: Node) -> int:
+    if node.op == "matmul":
+        return node.types[0].size * int(node.inputs[0].shape[-1])
+    if node.op == "conv2d":
+        return node.types[0].size * math.prod(map(int, node.inputs[1].shape[1:]))
+    if node.op == "conv2d_input_grad":
+        return node.inputs[0].type.size * math.prod(map(int, node.inputs[1].shape[1:]))
+    if node.op == "conv2d_weight_grad":
+        return node.inputs[1].type.size * math.prod(map(int, node.types[0].shape[1:]))
+    return 0
