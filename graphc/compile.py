@@ -15,7 +15,7 @@ from graphc.optim import Optimizer
 from graphc.runtime.executable import Executable, InterpretedExecutable
 from passes.assign_layouts import AssignLayouts
 from passes.autodiff import differentiate
-from passes.base import PassRecord, Pipeline
+from passes.base import Observer, PassRecord, Pipeline
 from passes.choose_convolutions import ChooseConvolutions
 from passes.explicit_padding import ExplicitPadding
 from passes.fuse import Fuse
@@ -63,25 +63,34 @@ def compile(
     Raises GraphcError subclasses, each naming the node and what to change.
     """
     _check_options(target, threads, precision, mode, outputs)
-    joint, records = transform(
-        graph, outputs, dims or {}, loss, gradients, optimizer, mode, seed, algorithms(target, precision)
-    )
+    declared = graph.copy()
+
+    def shaped(observer: Observer | None = None) -> tuple[Graph, dict[str, Any], tuple[PassRecord, ...]]:
+        """Every pass; `Executable.dump` runs them again, with an observer."""
+        joint, records = transform(
+            declared, outputs, dims or {}, loss, gradients, optimizer, mode, seed, algorithms(target, precision), observer
+        )
+        if target == "interpret":
+            return joint, {}, records
+        fused, more = (pipeline or default_pipeline()).run(joint, observer=observer)
+        kernels = cpu_target.lower_graph(fused)
+        memory = Pipeline((PlanMemory(reuse=False),)) if check else MEMORY
+        planned, final = memory.run(fused, observer=observer)
+        return planned, kernels, (*records, *more, *final)
+
     if target == "interpret":
+        joint, _, records = shaped()
         executable: Executable = InterpretedExecutable(joint, seed)
-        executable.records = records
-        return executable
+    else:
+        from graphc.codegen import target as cpu_target
+        from graphc.runtime.cpu import CpuExecutable
+        from graphc.runtime.team import available_cores
 
-    from graphc.codegen import target as cpu_target
-    from graphc.runtime.cpu import CpuExecutable
-    from graphc.runtime.team import available_cores
-
-    threads = threads or available_cores()
-    fused, more = (pipeline or default_pipeline()).run(joint)
-    kernels = cpu_target.lower_graph(fused)
-    planned, final = (Pipeline((PlanMemory(reuse=False),)) if check else MEMORY).run(fused)
-    launches = cpu_target.plan_launches(planned, kernels, cpu_target.host_lanes(), threads)
-    executable = CpuExecutable(planned, launches, threads, seed, _progress(), check=check)
-    executable.records = (*records, *more, *final)
+        threads = threads or available_cores()
+        planned, kernels, records = shaped()
+        launches = cpu_target.plan_launches(planned, kernels, cpu_target.host_lanes(), threads)
+        executable = CpuExecutable(planned, launches, threads, seed, _progress(), check=check)
+    executable.records, executable.replay = records, shaped
     return executable
 
 
@@ -117,6 +126,7 @@ def transform(
     mode: str | None = None,
     seed: int = 0,
     algorithms: Pipeline | None = None,
+    observer: Observer | None = None,
 ) -> tuple[Graph, tuple[PassRecord, ...]]:
     """Bind, choose algorithms, differentiate, add the optimizer and simplify."""
     if (gradients or optimizer) and loss is None:
@@ -130,8 +140,12 @@ def transform(
     g.annotations["batch"] = dims.get(batch) if batch else None
 
     training = mode == "train" if mode else bool(gradients or optimizer)
-    g, records = (Pipeline((SetMode(training, seed),)) + FORWARD + (algorithms or Pipeline())).run(g)
+    if observer:
+        observer(PassRecord("bind", 0.0, len(graph), len(g)), g)
+    forward = Pipeline((SetMode(training, seed),)) + FORWARD + (algorithms or Pipeline())
+    g, records = forward.run(g, observer=observer)
     if gradients or optimizer:
+        began, before = time.perf_counter(), len(g)
         trained = [n for n, p in g.parameters.items() if optimizer and p.attrs["trainable"]]
         wrt = list(dict.fromkeys([*gradients, *trained]))
         start, values = len(g), [_source(g, graph, n) for n in wrt]
@@ -142,9 +156,12 @@ def transform(
             start = len(g)
             optimizer.apply(g, {n: found[n] for n in trained})
             _mark(g, start, "update")
+        records += (PassRecord("differentiate", time.perf_counter() - began, before, len(g)),)
+        if observer:
+            observer(records[-1], g)
     keep = {*outputs, *(f"grad:{name}" for name in gradients)}
     g.outputs = {k: v for k, v in g.outputs.items() if k in keep}
-    g, more = BACKWARD.run(g)
+    g, more = BACKWARD.run(g, observer=observer)
     return g, (*records, *more)
 
 

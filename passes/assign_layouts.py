@@ -84,8 +84,7 @@ def _multiply_adds(node: Node) -> float:
     if node.op.startswith("toom_conv"):
         g = node.inputs[1] if node.op == "toom_conv_weight_grad" else node.inputs[0]
         weight = node.types[0].shape if node.op == "toom_conv_weight_grad" else node.inputs[1].shape
-        channels = weight[0] if node.op == "toom_conv_input_grad" else weight[1]
-        return (math.prod(g.shape) if node.op != "toom_conv" else out) * channels * weight[2]
+        return (math.prod(g.shape) if node.op != "toom_conv" else out) * weight[2] * weight[3]
     if node.op == "matmul":
         return out * node.inputs[0].shape[-1]
     if node.op == "conv2d":

@@ -168,7 +168,7 @@ class _Fuser:
                     continue
                 if node.op in CONTRACTIONS:
                     return f"each element of {source.name!r} is read many times by {node.name!r}"
-                if node.op in WINDOWS and (source.op not in CONTRACTIONS or not _disjoint(node)):
+                if node.op in WINDOWS and (source.op != "conv2d" or not _disjoint(node)):
                     return f"overlapping or stored windows of {source.name!r} would be computed again"
                 if node.op in REDUCTIONS and source.op in CONTRACTIONS | WINDOWS:
                     return f"{node.name!r} reduces across the register tile of {source.name!r}"

@@ -170,6 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = command.main(arguments, prog_name="graphc", standalone_mode=False)
         sys.stdout.flush()
+        if status == 130:  # Typer has caught an interruption
+            raise KeyboardInterrupt
         return status if isinstance(status, int) else 0
     except KeyboardInterrupt:
         return _fail("interrupted", 130)

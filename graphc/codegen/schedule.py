@@ -219,7 +219,7 @@ def _tile_cost(kernel: Kernel, main: Expr, tile, lane: str | None, lanes: int) -
     steps = kernel.trips(loops)
     accumulators = math.prod(counts.values())
     operands = [_operand(kernel, f) for f in _factors(main)]
-    loads, values, fresh, footprint = 0.0, [], 0.0, 0.0
+    loads, values, fresh, footprint, pointers = 0.0, [], 0.0, 0.0, 0.0
     inner = next((n for n in reversed(kernel.outer) if n != lane), None)
     for accesses in operands:
         used = math.prod(c for n, c in tile if any(a.stride(n) for a in accesses))
@@ -227,6 +227,9 @@ def _tile_cost(kernel: Kernel, main: Expr, tile, lane: str | None, lanes: int) -
         for a in accesses:
             width = lanes if lane and a.stride(lane) not in (0, 1) else 1
             loads += used * width
+            # Addresses that x86 cannot form from a base and one stride are pointers of their own.
+            far = math.prod(c for n, c in tile if a.stride(n) not in (0, 1, -1, lanes, 2 * lanes))
+            pointers += max(0, far - 5)
             size = _distinct(kernel, a, counts, loops) * (4 * lanes if lane and a.stride(lane) else 4)
             footprint += size
             if inner is not None and a.stride(inner):
@@ -236,7 +239,7 @@ def _tile_cost(kernel: Kernel, main: Expr, tile, lane: str | None, lanes: int) -
     # Operands that are used once may be memory operands; the smaller side stays in registers.
     need = accumulators + min(values) + (1 if max(values) > 1 else 0)
     spilled = max(0, need - registers)
-    issue = steps * (max(accumulators / 2, loads / 2, 4.0) + 0.5 + 2.0 * spilled)
+    issue = steps * (max(accumulators / 2, loads / 2, 4.0) + 0.5 + 2.0 * spilled + 0.5 * pointers)
     memory = (footprint if footprint > _L1_BYTES else fresh) / _L2_BYTES_PER_CYCLE
     # Each multiply-add chain starts and ends once a tile; stores to distant lines cost a little more.
     outside = 15.0 + 1.5 * accumulators

@@ -1,4 +1,4 @@
-"""Short convolutions with fewer multiplications (Toom-Cook), as three small linear operators.
+"""Short convolutions with fewer multiplications (Toom-Cook), as a few small linear operators.
 
 A row of m outputs of an r-tap filter needs m * r products directly and m + r - 1 by interpolation:
 
@@ -6,9 +6,11 @@ A row of m outputs of an r-tap filter needs m * r products directly and m + r - 
                                      Networks"; Winograd 1980, "Arithmetic Complexity of Computations")
 
 `tile_transform` cuts the last axis into overlapping tiles and multiplies each by a constant matrix (B^T of
-the images, G of the weights, A^T of the products); `toom_conv` is the product between. All are linear or
+the images, G of the weights); its transpose `tile_transform_grad` puts tiles back (A^T of the products);
+`toom_conv` is the product between, one small convolution for each interpolation point. All are linear or
 bilinear, so their chain rules are each other, and the backward pass of a convolution written with them
-needs as few products as its forward pass.
+needs as few products as its forward pass. The points come before the channels: what belongs to one point
+lies together in memory.
 """
 
 from __future__ import annotations
@@ -77,20 +79,21 @@ def conv2d_by_rows(x: Value, weight: Value, outputs: int, name: str | None = Non
 
     W must hold whole tiles: W = tiles * outputs + KW - 1. Returns [N, OC, H - KH + 1, tiles * outputs].
     """
-    from graphc.ops.shape import reshape
-
-    at, g, bt = matrices(outputs, int(weight.shape[3]))
-    graph = x.graph
-    constants = [graph.constant(m, dtype=x.dtype) for m in (bt, g, at)]
-    images = apply("tile_transform", x, constants[0], step=outputs)[0]
-    weights = apply("tile_transform", weight, constants[1], step=1)[0]
+    at, g, bt = (x.graph.constant(m, dtype=x.dtype) for m in _stored(outputs, int(weight.shape[3])))
+    images = apply("tile_transform", x, bt, step=outputs, axis=1)[0]
+    weights = apply("tile_transform", weight, g, step=1, axis=0)[0]
     products = apply("toom_conv", images, weights, name=name)[0]
-    n, oc, oh, tiles, _ = products.shape
-    rows = apply("tile_transform", products, constants[2], step=1)[0]
-    return reshape(rows, (n, oc, oh, int(tiles) * outputs))
+    width = int(products.shape[-1]) * outputs
+    return apply("tile_transform_grad", products, at, step=outputs, axis=1, width=width)[0]
 
 
-# ---- tile_transform: out[..., t, p] = sum over j of matrix[p, j] * x[..., t * step + j]
+def _stored(outputs: int, taps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The matrices with points as rows, as the operators take them: A [n, m], G [n, r], B^T [n, n]."""
+    at, g, bt = matrices(outputs, taps)
+    return at.T.copy(), g, bt
+
+
+# ---- tile_transform: out[.., p, .., t] = sum over j of matrix[p, j] * x[.., t * step + j], p at `axis`
 
 
 def _infer_transform(types: list[TensorType], attrs: Attrs) -> list[TensorType]:
@@ -99,101 +102,117 @@ def _infer_transform(types: list[TensorType], attrs: Attrs) -> list[TensorType]:
     tiles, rest = divmod(int(x.shape[-1]) - taps, attrs["step"])
     if rest or tiles < 0:
         raise errors.ShapeError(f"a width of {x.shape[-1]} does not hold whole tiles of {taps} every {attrs['step']}")
-    return [TensorType((*x.shape[:-1], tiles + 1, points), same_dtype(types))]
-
-
-def _windows(x: np.ndarray, taps: int, step: int) -> np.ndarray:
-    return np.lib.stride_tricks.sliding_window_view(x, taps, axis=-1)[..., ::step, :]
+    shape = list(x.shape[:-1])
+    shape.insert(attrs["axis"], points)
+    return [TensorType((*shape, tiles + 1), same_dtype(types))]
 
 
 def _evaluate_transform(arrays: list[np.ndarray], attrs: Attrs) -> list[np.ndarray]:
     x, matrix = arrays
-    return [np.matmul(_windows(x, matrix.shape[1], attrs["step"]), matrix.T)]
+    windows = np.lib.stride_tricks.sliding_window_view(x, matrix.shape[1], axis=-1)[..., :: attrs["step"], :]
+    return [np.moveaxis(np.matmul(windows, matrix.T), -1, attrs["axis"])]
 
 
 def _vjp_transform(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
     x, matrix = node.inputs
-    return apply("tile_transform_grad", cotangents[0], matrix, step=node.attrs["step"], width=x.shape[-1])[0], None
+    g = apply("tile_transform_grad", cotangents[0], matrix, width=x.shape[-1], **node.attrs)[0]
+    return g, None
+
+
+def _split(index: tuple[Index, ...], axis: int) -> tuple[tuple[Index, ...], Index]:
+    """The index without the points' axis, and the point."""
+    return (*index[:axis], *index[axis + 1 :]), index[axis]
 
 
 def _lower_transform(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Expr:
-    (*lead, t, p), taps = index, node.inputs[1].shape[1]
-    step = node.attrs["step"]
+    (*lead, t), p = _split(index, node.attrs["axis"])
+    taps, step = node.inputs[1].shape[1], node.attrs["step"]
     return k.reduce("sum", (taps,), lambda j: k.read(0, (*lead, t * step + j)) * k.read(1, (p, j)))
 
 
-# ---- tile_transform_grad: out[..., w] = sum over t, p of matrix[p, w - t * step] * g[..., t, p]
+# ---- tile_transform_grad: out[.., w] = sum over t, p of matrix[p, w - t * step] * g[.., p, .., t]
 
 
 def _infer_transform_grad(types: list[TensorType], attrs: Attrs) -> list[TensorType]:
     g, matrix = types
-    expected = _infer_transform([TensorType((*g.shape[:-2], attrs["width"]), g.dtype), matrix], attrs)[0]
-    if g != expected:
-        raise errors.ShapeError(f"cotangent {g} must be {expected}")
-    return [TensorType((*g.shape[:-2], attrs["width"]), same_dtype(types))]
+    lead = list(g.shape[:-1])
+    del lead[attrs["axis"]]
+    x = TensorType((*lead, attrs["width"]), same_dtype(types))
+    if _infer_transform([x, matrix], attrs)[0] != g:
+        raise errors.ShapeError(f"cotangent {g} is not that of {x}")
+    return [x]
 
 
 def _evaluate_transform_grad(arrays: list[np.ndarray], attrs: Attrs) -> list[np.ndarray]:
     g, matrix = arrays
-    parts = np.matmul(g, matrix)
-    out = np.zeros((*g.shape[:-2], attrs["width"]), g.dtype)
-    for t in range(g.shape[-2]):
+    parts = np.matmul(np.moveaxis(g, attrs["axis"], -1), matrix)
+    out = np.zeros((*parts.shape[:-2], attrs["width"]), g.dtype)
+    for t in range(parts.shape[-2]):
         out[..., t * attrs["step"] : t * attrs["step"] + matrix.shape[1]] += parts[..., t, :]
     return [out]
 
 
 def _vjp_transform_grad(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
-    return apply("tile_transform", cotangents[0], node.inputs[1], step=node.attrs["step"])[0], None
+    attrs = {key: node.attrs[key] for key in ("step", "axis")}
+    return apply("tile_transform", cotangents[0], node.inputs[1], **attrs)[0], None
 
 
 def _lower_transform_grad(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Expr:
     (*lead, w), (points, taps) = index, node.inputs[1].shape
-    tiles, step = node.inputs[0].shape[-2], node.attrs["step"]
+    axis, step, tiles = node.attrs["axis"], node.attrs["step"], node.inputs[0].shape[-1]
+
+    def product(t: Index, p: Index, j: Index) -> Expr:
+        return k.read(0, (*lead[:axis], p, *lead[axis:], t)) * k.read(1, (p, j))
+
+    if taps == step:  # tiles side by side: every output belongs to one
+        t, j = k.divmod(w, step)
+        return k.reduce("sum", (points,), lambda p: product(t, p, j))
 
     def term(t: Index, p: Index) -> Expr:
-        j = w - t * step
-        product = k.read(0, (*lead, t, p)) * k.read(1, (p, j))
-        return within(((j, int(taps)),), product, 0)
+        return within(((w - t * step, int(taps)),), product(t, p, w - t * step), 0)
 
     return k.reduce("sum", (tiles, points), term)
 
 
-# ---- toom_conv: m[n, o, h, t, p] = sum over c, kh of v[n, c, h + kh, t, p] * u[o, c, kh, 0, p]
+# ---- toom_conv: m[n, p, o, h, t] = sum over c, kh of v[n, p, c, h + kh, t] * u[p, o, c, kh, 0]
 
 
 def _infer_conv(types: list[TensorType], attrs: Attrs) -> list[TensorType]:
     v, u = types
-    if v.rank != 5 or u.rank != 5 or v.shape[1] != u.shape[1] or v.shape[4] != u.shape[4] or u.shape[3] != 1:
+    if v.rank != 5 or u.rank != 5 or v.shape[1:3] != (u.shape[0], u.shape[2]) or u.shape[4] != 1:
         raise errors.ShapeError(f"transformed images {v} and weights {u} do not fit")
-    height = int(v.shape[2]) - int(u.shape[2]) + 1
-    return [TensorType((v.shape[0], u.shape[0], height, *v.shape[3:]), same_dtype(types))]
+    height = int(v.shape[3]) - int(u.shape[3]) + 1
+    return [TensorType((v.shape[0], u.shape[0], u.shape[1], height, v.shape[4]), same_dtype(types))]
+
+
+def _rows(x: np.ndarray, taps: int) -> np.ndarray:
+    return np.lib.stride_tricks.sliding_window_view(x, taps, axis=3)
 
 
 def _evaluate_conv(arrays: list[np.ndarray], attrs: Attrs) -> list[np.ndarray]:
     v, u = arrays
-    rows = np.lib.stride_tricks.sliding_window_view(v, u.shape[2], axis=2)
-    return [np.einsum("nchtpk,ockp->nohtp", rows, u[:, :, :, 0, :], optimize=True)]
+    return [np.einsum("npchtk,pock->npoht", _rows(v, u.shape[3]), u[..., 0], optimize=True)]
 
 
 def _vjp_conv(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
     (v, u), g = node.inputs, cotangents[0]
     return (
-        apply("toom_conv_input_grad", g, u, height=v.shape[2])[0],
+        apply("toom_conv_input_grad", g, u, height=v.shape[3])[0],
         apply("toom_conv_weight_grad", v, g)[0],
     )
 
 
 def _lower_conv(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Expr:
-    n, o, h, t, p = index
-    channels, taps = node.inputs[1].shape[1:3]
+    n, p, o, h, t = index
+    channels, taps = node.inputs[1].shape[2:4]
     return k.reduce(
-        "sum", (channels, taps), lambda c, kh: k.read(0, (n, c, h + kh, t, p)) * k.read(1, (o, c, kh, 0, p))
+        "sum", (channels, taps), lambda c, kh: k.read(0, (n, p, c, h + kh, t)) * k.read(1, (p, o, c, kh, 0))
     )
 
 
 def _infer_input_grad(types: list[TensorType], attrs: Attrs) -> list[TensorType]:
     g, u = types
-    v = TensorType((g.shape[0], u.shape[1], attrs["height"], *g.shape[3:]), same_dtype(types))
+    v = TensorType((g.shape[0], g.shape[1], u.shape[2], attrs["height"], g.shape[4]), same_dtype(types))
     if _infer_conv([v, u], attrs)[0] != g:
         raise errors.ShapeError(f"cotangent {g} does not fit weights {u} and height {attrs['height']}")
     return [v]
@@ -201,9 +220,9 @@ def _infer_input_grad(types: list[TensorType], attrs: Attrs) -> list[TensorType]
 
 def _evaluate_input_grad(arrays: list[np.ndarray], attrs: Attrs) -> list[np.ndarray]:
     g, u = arrays
-    out = np.zeros((g.shape[0], u.shape[1], attrs["height"], *g.shape[3:]), g.dtype)
-    for kh in range(u.shape[2]):
-        out[:, :, kh : kh + g.shape[2]] += np.einsum("nohtp,ocp->nchtp", g, u[:, :, kh, 0, :], optimize=True)
+    out = np.zeros((g.shape[0], g.shape[1], u.shape[2], attrs["height"], g.shape[4]), g.dtype)
+    for kh in range(u.shape[3]):
+        out[:, :, :, kh : kh + g.shape[3]] += np.einsum("npoht,poc->npcht", g, u[:, :, :, kh, 0], optimize=True)
     return [out]
 
 
@@ -213,42 +232,42 @@ def _vjp_input_grad(node: Node, cotangents: Sequence[Value | None]) -> Sequence[
 
 
 def _lower_input_grad(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Expr:
-    n, c, h, t, p = index
+    n, p, c, h, t = index
     g, u = (v.shape for v in node.inputs)
 
     def term(o: Index, kh: Index) -> Expr:
-        product = k.read(0, (n, o, h - kh, t, p)) * k.read(1, (o, c, kh, 0, p))
-        return within(((h - kh, int(g[2])),), product, 0)
+        product = k.read(0, (n, p, o, h - kh, t)) * k.read(1, (p, o, c, kh, 0))
+        return within(((h - kh, int(g[3])),), product, 0)
 
-    return k.reduce("sum", (u[0], u[2]), term)
+    return k.reduce("sum", (u[1], u[3]), term)
 
 
 def _infer_weight_grad(types: list[TensorType], attrs: Attrs) -> list[TensorType]:
     v, g = types
-    taps = int(v.shape[2]) - int(g.shape[2]) + 1
-    if v.shape[0] != g.shape[0] or v.shape[3:] != g.shape[3:] or taps < 1:
+    taps = int(v.shape[3]) - int(g.shape[3]) + 1
+    if v.shape[:2] != g.shape[:2] or v.shape[4] != g.shape[4] or taps < 1:
         raise errors.ShapeError(f"transformed images {v} and cotangent {g} do not fit")
-    return [TensorType((g.shape[1], v.shape[1], taps, 1, v.shape[4]), same_dtype(types))]
+    return [TensorType((g.shape[1], g.shape[2], v.shape[2], taps, 1), same_dtype(types))]
 
 
 def _evaluate_weight_grad(arrays: list[np.ndarray], attrs: Attrs) -> list[np.ndarray]:
     v, g = arrays
-    rows = np.lib.stride_tricks.sliding_window_view(v, g.shape[2], axis=2)
-    return [np.einsum("nckthp,nohtp->ockp", np.moveaxis(rows, -1, -2), g, optimize=True)[:, :, :, None, :]]
+    taps = v.shape[3] - g.shape[3] + 1
+    return [np.einsum("npchtk,npoht->pock", _rows(v, taps), g, optimize=True)[..., None]]
 
 
 def _vjp_weight_grad(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
     (v, g), c = node.inputs, cotangents[0]
-    return apply("toom_conv_input_grad", g, c, height=v.shape[2])[0], apply("toom_conv", v, c)[0]
+    return apply("toom_conv_input_grad", g, c, height=v.shape[3])[0], apply("toom_conv", v, c)[0]
 
 
 def _lower_weight_grad(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Expr:
-    o, c, kh, _one, p = index
-    images, _channels, height, tiles, _points = node.inputs[1].shape
+    p, o, c, kh, _one = index
+    images, _points, _channels, height, tiles = node.inputs[1].shape
     return k.reduce(
         "sum",
         (images, height, tiles),
-        lambda n, h, t: k.read(0, (n, c, h + kh, t, p)) * k.read(1, (n, o, h, t, p)),
+        lambda n, h, t: k.read(0, (n, p, c, h + kh, t)) * k.read(1, (n, p, o, h, t)),
     )
 
 
@@ -257,23 +276,30 @@ def _lower_weight_grad(k: Lowering, node: Node, _: int, index: tuple[Index, ...]
 
 def _samples_transform() -> list[Sample]:
     rng = np.random.default_rng(60)
-    cases = (((2, 3, 9), (4, 5), 2), ((1, 7), (3, 3), 1), ((2, 1, 3, 5), (2, 5), 4), ((3, 1), (1, 1), 1))
-    return [Sample((rng.standard_normal(x), rng.standard_normal(m)), {"step": s}, (0,)) for x, m, s in cases]
+    cases = (((2, 3, 9), (4, 5), 2, 1), ((1, 7), (3, 3), 1, 0), ((2, 1, 3, 5), (2, 5), 4, 1), ((3, 1), (1, 1), 1, 1))
+    return [
+        Sample((rng.standard_normal(x), rng.standard_normal(m)), {"step": s, "axis": a}, (0,)) for x, m, s, a in cases
+    ]
 
 
 def _samples_transform_grad() -> list[Sample]:
     rng = np.random.default_rng(61)
-    cases = (((2, 3, 3, 4), (4, 5), 2, 9), ((1, 5, 3), (3, 3), 1, 7), ((2, 1, 1, 2), (2, 5), 4, 5))
+    cases = (
+        ((2, 4, 3, 3), (4, 5), 2, 1, 9),
+        ((3, 1, 5), (3, 3), 1, 0, 7),
+        ((2, 2, 1, 1), (2, 5), 4, 1, 5),
+        ((2, 5, 3, 2), (5, 3), 3, 1, 6),
+    )
     return [
-        Sample((rng.standard_normal(g), rng.standard_normal(m)), {"step": s, "width": w}, (0,))
-        for g, m, s, w in cases
+        Sample((rng.standard_normal(g), rng.standard_normal(m)), {"step": s, "axis": a, "width": w}, (0,))
+        for g, m, s, a, w in cases
     ]
 
 
 _SHAPES = (
-    ((2, 3, 5, 2, 4), (4, 3, 3, 1, 4), (2, 4, 3, 2, 4)),
+    ((2, 4, 3, 5, 2), (4, 4, 3, 3, 1), (2, 4, 4, 3, 2)),
     ((1, 1, 1, 1, 1), (1, 1, 1, 1, 1), (1, 1, 1, 1, 1)),
-    ((3, 2, 4, 1, 5), (1, 2, 2, 1, 5), (3, 1, 3, 1, 5)),
+    ((3, 5, 2, 4, 1), (5, 1, 2, 2, 1), (3, 5, 1, 3, 1)),
 )
 
 
@@ -283,7 +309,7 @@ def _samples(first: int, second: int, height: bool = False):
         return [
             Sample(
                 (rng.standard_normal(s[first]), rng.standard_normal(s[second])),
-                {"height": s[0][2]} if height else {},
+                {"height": s[0][3]} if height else {},
             )
             for s in _SHAPES
         ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +15,10 @@ from graphc.init import materialise
 from graphc.interpreter import interpret
 from graphc.ir import Graph, Node
 from graphc.runtime.inputs import checked_array, missing_input, unknown_input
+
+if TYPE_CHECKING:
+    from graphc.runtime.inspect import KernelInfo, MemoryReport
+    from graphc.runtime.profile import Profile
 
 
 class Executable:
@@ -31,6 +37,8 @@ class Executable:
         self.output_names = tuple(graph.outputs)
         self.state_nodes: dict[str, Node] = {**graph.parameters, **graph.states}
         self.records: tuple[Any, ...] = ()
+        # Runs the passes once more for an observer of (record, graph): cheaper than keeping each graph.
+        self.replay: Callable[[Callable[[Any, Graph], None]], Any] | None = None
         self._lock = threading.RLock()
 
     # ---- running
@@ -102,6 +110,45 @@ class Executable:
         with self._lock:
             for name, array in arrays.items():
                 self._write(name, array)
+
+    # ---- looking inside; the imports wait, as most programs never look
+
+    def kernels(self) -> list[KernelInfo]:
+        """What each launch of a step computes and how: one entry a launch, in order."""
+        from graphc.runtime import inspect
+
+        return inspect.kernels(self)
+
+    def memory(self) -> MemoryReport:
+        """Planned memory, its lower bound, and what lies outside the plan. Print it.
+
+        Raises GraphcError for `target="interpret"`, which plans none."""
+        from graphc.runtime import inspect
+
+        return inspect.memory(self)
+
+    def explain(self) -> str:
+        """Why the program is as it is: layouts, conversions, what was not fused and why, tiles."""
+        from graphc.runtime import inspect
+
+        return inspect.explain(self)
+
+    def dump(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the graph after each pass, kernels, launch table and memory plan into a new folder.
+
+        Raises GraphcError if the folder has something in it."""
+        from graphc.runtime import inspect
+
+        return inspect.dump(self, folder)
+
+    def profile(self, inputs: Mapping[str, Any] | None = None, /, *, runs: int = 50, **named: Any) -> Profile:
+        """Time every launch over `runs` steps on inputs as for a call; `print` the result.
+
+        Parameters and states are put back afterwards. Raises GraphcError for `target="interpret"`."""
+        from graphc.runtime import inspect, profile
+
+        inspect.require_kernels(self, "profile")
+        return profile.profile(self, {**(inputs or {}), **named}, runs)  # type: ignore[arg-type]
 
     def _initialise(self) -> None:
         for name, node in self.state_nodes.items():

@@ -11,7 +11,7 @@ from graphc.errors import MissingExtraError
 Point = tuple[float, float]
 
 FONT = "Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
-_PIXEL_LIMIT = 60e6  # of a PNG; larger scenes are scaled down
+_PIXEL_LIMIT = 24e6  # of a PNG; larger scenes are scaled down
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Scene:
         axes.set_ylim(self.height or 1, 0)
         for order, shape in enumerate(self.shapes):
             _paint(axes, shape, order)
-        figure.savefig(path, format="png", dpi=dpi)
+        figure.savefig(path, format="png", dpi=dpi, pil_kwargs={"compress_level": 3})
 
 
 def text_width(text: str, size: float, bold: bool = False) -> float:
