@@ -4,6 +4,8 @@
 """
 
 import importlib as _importlib
+import sys as _sys
+import types as _types
 
 from graphc import errors, nn, ops, optim
 from graphc.ir import Graph, Layout, TensorType, Value
@@ -45,3 +47,15 @@ def __getattr__(name: str):
         raise AttributeError(f"module 'graphc' has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+class _Package(_types.ModuleType):
+    """Keeps `graphc.compile` the function: importing the module of that name would put itself there."""
+
+    def __setattr__(self, name, value):
+        if name in _LAZY and isinstance(value, _types.ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+_sys.modules[__name__].__class__ = _Package

@@ -19,8 +19,10 @@ from passes.base import Observer, PassRecord, Pipeline
 from passes.choose_convolutions import ChooseConvolutions
 from passes.explicit_padding import ExplicitPadding
 from passes.fuse import Fuse
-from passes.pipeline import BACKWARD, FORWARD, MEMORY
+from passes.parallelize import Parallelize
+from passes.pipeline import BACKWARD, FORWARD
 from passes.plan_memory import PlanMemory
+from passes.schedule import Schedule
 from passes.set_mode import SetMode
 
 TARGETS = ("cpu", "interpret")
@@ -74,8 +76,7 @@ def compile(
             return joint, {}, records
         fused, more = (pipeline or default_pipeline()).run(joint, observer=observer)
         kernels = cpu_target.lower_graph(fused)
-        memory = Pipeline((PlanMemory(reuse=False),)) if check else MEMORY
-        planned, final = memory.run(fused, observer=observer)
+        planned, final = memory_pipeline(check).run(fused, observer=observer)
         return planned, kernels, (*records, *more, *final)
 
     if target == "interpret":
@@ -103,6 +104,19 @@ def default_pipeline(layout: str | None = None) -> Pipeline:
             ExplicitPadding(),
             Fuse(),
             AssignLayouts(cpu_target.host_lanes(), layout, can_lower=cpu_target.can_lower),
+        )
+    )
+
+
+def memory_pipeline(check: bool = False) -> Pipeline:
+    """Order the kernels, group those that go block by block, and place every value."""
+    from graphc.codegen import target as cpu_target
+
+    return Pipeline(
+        (
+            Schedule(updates_in_place=True),
+            Parallelize(cpu_target.blocks),
+            PlanMemory(updates_in_place=not check, reuse=not check),
         )
     )
 

@@ -100,7 +100,26 @@ def storages(
         if workspace:
             name = f"{node.name}.workspace"
             result.append(Storage(name, aligned(workspace), position, position))
+    begin, end = _group_limits(graph)
+    for storage in result:
+        storage.first = begin.get(storage.first, storage.first)
+        storage.last = end.get(storage.last, storage.last)
     return result
+
+
+def _group_limits(graph: Graph) -> tuple[dict[int, int], dict[int, int]]:
+    """First and last position of the group that a position belongs to.
+
+    A group runs block by block: its first kernel writes its last block after its last kernel has
+    read the first one, so all its values live at once."""
+    position = {node.name: i for i, node in enumerate(graph.nodes)}
+    begin: dict[int, int] = {}
+    end: dict[int, int] = {}
+    for _, names in graph.annotations.get("groups", ()):
+        members = [position[name] for name in names]
+        begin.update((i, members[0]) for i in range(members[0], members[-1] + 1))
+        end.update((i, members[-1]) for i in range(members[0], members[-1] + 1))
+    return begin, end
 
 
 def _last_uses(nodes: list[Node]) -> dict[Value, int]:

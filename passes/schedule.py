@@ -28,7 +28,7 @@ class Schedule(Pass):
     updates_in_place: bool = False
 
     def run(self, graph: Graph) -> Graph:
-        candidate = _reordered(graph, self._order(graph))
+        candidate = reordered(graph, self._order(graph))
         before, after = self._peak(graph), self._peak(candidate)
         new = candidate if after < before else graph.copy()
         chosen = min(before, after)
@@ -67,7 +67,7 @@ class Schedule(Pass):
         def added(i: int) -> int:
             return made[i] - sum(sizes[v] for v in operands[i] if pending[v] == 1)
 
-        successors, waiting = self._edges(graph, nodes, position)
+        successors, waiting = edges(graph, self.updates_in_place)
         ready = [(added(i), i) for i in range(len(nodes)) if not waiting[i]]
         heapq.heapify(ready)
         done = [False] * len(nodes)
@@ -92,29 +92,33 @@ class Schedule(Pass):
                     heapq.heappush(ready, (added(j), j))
         return order
 
-    def _edges(
-        self, graph: Graph, nodes: list[Node], position: dict[str, int]
-    ) -> tuple[list[list[int]], list[int]]:
-        """For each node, those that wait for it, and how many it waits for."""
-        successors: list[list[int]] = [[] for _ in nodes]
-        waiting = [0] * len(nodes)
 
-        def edge(a: int, b: int) -> None:
-            successors[a].append(b)
-            waiting[b] += 1
+def edges(graph: Graph, updates_in_place: bool = True) -> tuple[list[list[int]], list[int]]:
+    """For each node, those that wait for it, and how many it waits for.
 
-        for i, node in enumerate(nodes):
-            for producer in dict.fromkeys(position[v.node.name] for v in node.inputs):
-                edge(producer, i)
-        if self.updates_in_place:
-            for name, value in graph.updates.items():
-                node = value.node
-                # Only a node that nothing waits for: more edges into it can never close a cycle.
-                if graph.nx.out_degree(node.name) == 0 and node.op not in SOURCES:
-                    for reader in _readers(graph, graph.node(name)[0]):
-                        if reader is not node:
-                            edge(position[reader.name], position[node.name])
-        return successors, waiting
+    With `updates_in_place`, a node that computes the last value of a parameter waits for the
+    parameter's readers too."""
+    nodes = graph.nodes
+    position = {node.name: i for i, node in enumerate(nodes)}
+    successors: list[list[int]] = [[] for _ in nodes]
+    waiting = [0] * len(nodes)
+
+    def edge(a: int, b: int) -> None:
+        successors[a].append(b)
+        waiting[b] += 1
+
+    for i, node in enumerate(nodes):
+        for producer in dict.fromkeys(position[v.node.name] for v in node.inputs):
+            edge(producer, i)
+    if updates_in_place:
+        for name, value in graph.updates.items():
+            node = value.node
+            # Only a node that nothing waits for: more edges into it can never close a cycle.
+            if graph.nx.out_degree(node.name) == 0 and node.op not in SOURCES:
+                for reader in _readers(graph, graph.node(name)[0]):
+                    if reader is not node:
+                        edge(position[reader.name], position[node.name])
+    return successors, waiting
 
 
 def _readers(graph: Graph, value: Value) -> list[Node]:
@@ -130,7 +134,8 @@ def _readers(graph: Graph, value: Value) -> list[Node]:
     return list(found.values())
 
 
-def _reordered(graph: Graph, order: list[Node]) -> Graph:
+def reordered(graph: Graph, order: list[Node]) -> Graph:
+    """The same graph with its nodes in another order."""
     new = Graph(graph.name)
     new.annotations = dict(graph.annotations)
     mapping: dict[Value, Value] = {}

@@ -80,7 +80,8 @@ def test_train_writes_its_results(trained, folder, capsys):
         assert (trained / "graph.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_train_prints_accuracy_and_files_and_resumes(folder, tmp_path, capsys):
+def test_train_prints_accuracy_and_files_and_resumes(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # no pictures: they take time
     options = ("--data", folder, "--out", tmp_path / "run")
     assert train(*options, "--epochs", 1) == 0
     shown = capsys.readouterr().out

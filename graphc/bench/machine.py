@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import sys
-import time
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -137,35 +136,41 @@ def measure_machine(threads: int) -> Machine:
     data += 0  # touch every page: untouched ones all show the same page of zeros
     for nbytes in (*(threads * n for n in _PRIVATE), *_SHARED):
         each = max(1, nbytes // (4 * block * threads))
-        seconds = _best(addresses[1], threads, lambda n, each=each: (data, out, each, n))
+        seconds = _best(addresses[1], threads, lambda n, each=each: (data, out, each, n), nbytes in _SHARED)
         levels.append((nbytes, 4.0 * block * each * threads / seconds * 1e-9))
     name = cpu_name()
     return Machine(name, available_cores(), threads, lanes, gflops, tuple(levels))
 
 
-def _best(address: int, threads: int, arguments) -> float:
+def _best(address: int, threads: int, arguments, shared: bool = False) -> float:
     """Seconds of one repeat of a kernel, the best of some tries: other programs only slow it down.
 
-    `arguments(repeats)` are the kernel's: arrays and integers."""
+    `arguments(repeats)` are the kernel's: arrays and integers. Each thread's best try counts, which
+    may be another one: on a busy machine all are rarely free at once. What threads share (L3,
+    memory) would look too fast so: there, `shared`, the best try of all together counts."""
     from graphc.runtime.arena import aligned_zeros
-    from graphc.runtime.driver import BARRIER, launch_table
+    from graphc.runtime.driver import BARRIER, launch_table, load_driver
     from graphc.runtime.team import get_team
 
     words = aligned_zeros(64).view(np.int64)
     table = launch_table([(address, words.ctypes.data, BARRIER)])
-    program = get_team(threads).program(table.ctypes.data, 1)
+    stamps = np.zeros((threads, 1, 2), np.int64)
+    program = get_team(threads).program(table.ctypes.data, 1, stamps.ctypes.data)
 
-    def run(repeats: int) -> float:
+    def run(repeats: int) -> np.ndarray:
         given = arguments(repeats)
         words[: len(given)] = [a.ctypes.data if isinstance(a, np.ndarray) else a for a in given]
-        start = time.perf_counter()
         program.run()
-        return time.perf_counter() - start
+        if shared:
+            return np.full(threads, stamps[..., 1].max() - stamps[..., 0].min())
+        return stamps[:, 0, 1] - stamps[:, 0, 0]
 
+    second = load_driver().ticks_per_second()
     repeats = 1
-    while min(run(repeats), run(repeats)) < _SECONDS / 2:
+    while min(run(repeats).max(), run(repeats).max()) < second * _SECONDS / 2:
         repeats *= 2
-    return min(run(repeats) for _ in range(_TRIES)) / repeats
+    best = np.min([run(repeats) for _ in range(_TRIES)], axis=0)
+    return float(threads / np.sum(1.0 / best) / second / repeats)
 
 
 def cpu_name() -> str:

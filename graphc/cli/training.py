@@ -79,13 +79,16 @@ def run(options: Options) -> None:
     _write_results(options, dataset, train, history, console)
 
 
-def make_optimizer(name: str, rate: float, weight_decay: float | None) -> optim.Optimizer:
+def make_optimizer(
+    name: str, rate: float, weight_decay: float | None
+) -> optim.SGD | optim.Adam | optim.AdamW:
     """The optimizer by its command-line name; SGD has momentum 0.9. Raises GraphcError."""
     choose("optimizer", name, OPTIMIZERS)
-    decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     if name == "sgd":
-        return optim.SGD(rate, momentum=0.9, **decay)
-    return (optim.Adam if name == "adam" else optim.AdamW)(rate, **decay)
+        return optim.SGD(rate, momentum=0.9, weight_decay=weight_decay or 0.0)
+    if name == "adam":
+        return optim.Adam(rate, weight_decay=weight_decay or 0.0)
+    return optim.AdamW(rate, weight_decay=0.01 if weight_decay is None else weight_decay)
 
 
 def make_schedule(name: str, rate: float, steps: int) -> optim.Schedule:

@@ -9,7 +9,7 @@ from graphc.codegen.cpu import CompiledCall, render
 from graphc.codegen.kernel import Kernel, Schedule
 from graphc.codegen.lower import CannotLower, lower_region
 from graphc.codegen.schedule import choose_schedule
-from graphc.ir import Graph, Node
+from graphc.ir import SOURCES, Graph, Node
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Launch:
     kernel: Kernel
     schedule: Schedule
     call: CompiledCall
+    blocks: int = 0  # of a group that runs block by block; 0: by itself
 
 
 def lower_node(node: Node) -> Kernel:
@@ -80,12 +81,40 @@ def overwritable(kernel: Kernel, node: Node) -> tuple[tuple[int, int], ...]:
     return tuple(pairs)
 
 
+def blocks(node: Node) -> int | None:
+    """Into how many blocks of the batch a region falls apart, if no block reads what another one writes."""
+    counts = {v.layout.physical_shape(v.shape)[0] for v in node.outputs if v.layout.lane_axis == 0}
+    if len(counts) != 1 or any(v.layout.lane_axis != 0 for v in node.outputs) or min(counts) < 2:
+        return None
+    kernel = lower_node(node)
+    if not kernel.outer or kernel.outer[0] != _BLOCK:
+        return None
+    values = [*node.inputs, *node.outputs]
+    accesses = [e.attributes["access"] for e in kernel.expressions() if e.op == "load"]
+    for access in [*accesses, *(s.access for s in kernel.stores)]:
+        value = values[access.buffer]
+        if value.node.op in SOURCES or value.layout.lane_axis != 0:
+            continue
+        stride = value.layout.strides(value.shape)[0]
+        reach = access.offset + sum(s * (kernel.loops[n].extent - 1) for n, s in access.strides if n != _BLOCK and s > 0)
+        low = access.offset + sum(s * (kernel.loops[n].extent - 1) for n, s in access.strides if s < 0)
+        guarded = any(e.op == "within" for e in kernel.expressions())
+        if access.stride(_BLOCK) != stride or (not guarded and not 0 <= low <= reach < stride):
+            return None
+    return counts.pop()
+
+
+# The loop over blocks of the batch in kernels whose results have images in their lanes.
+_BLOCK = "i0b"
+
+
 def plan_launches(graph: Graph, kernels: dict[str, Kernel], lanes: int, threads: int) -> list[Launch]:
     """Schedules and sources in execution order."""
+    grouped = {name: count for count, names in graph.annotations.get("groups", ()) for name in names}
     launches = []
     for node in graph:
         if node.op == "fused":
-            kernel = kernels[node.name]
-            schedule = choose_schedule(kernel, lanes, threads)
-            launches.append(Launch(node, kernel, schedule, render(kernel, schedule, lanes)))
+            kernel, count = kernels[node.name], grouped.get(node.name, 0)
+            schedule = choose_schedule(kernel, lanes, threads, _BLOCK if count else None)
+            launches.append(Launch(node, kernel, schedule, render(kernel, schedule, lanes), count))
     return launches

@@ -16,14 +16,20 @@ from graphc.expr import Expr
 _COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14)
 
 
-def choose_schedule(kernel: Kernel, lanes: int, threads: int) -> Schedule:
-    """The schedule of a kernel whose results already have their layouts. May split loops of the kernel."""
-    _collapse(kernel, _bounded(kernel))
-    fixed = _bounded(kernel)
+def choose_schedule(kernel: Kernel, lanes: int, threads: int, blocks: str | None = None) -> Schedule:
+    """The schedule of a kernel whose results already have their layouts. May split loops of the kernel.
+
+    `blocks` names an outermost loop that is shared between threads by itself: the kernel runs block by
+    block within a group."""
+    keep = {blocks} if blocks else set()
+    _collapse(kernel, _bounded(kernel) | keep)
+    fixed = _bounded(kernel) | keep
     lane = _choose_lane(kernel, lanes, fixed)
     tile = _choose_tile(kernel, lane, lanes, fixed) if lane or _main_reduction(kernel) else ()
     outer = [n for n in kernel.outer if n != lane]
     counts = dict(tile)
+    if blocks:
+        return Schedule(lane, tile, tuple(outer), 1)
     trips = [math.ceil(kernel.loops[n].extent / counts.get(n, 1)) for n in outer]
     return Schedule(lane, tile, tuple(outer), _shared(trips, threads) if threads > 1 else 0)
 

@@ -103,8 +103,10 @@ def load_cifar10(folder: str | os.PathLike[str]) -> Dataset:
             f"{root / f'data_batch_{shortest}.bin'}: truncated: {min(counts)} images, where "
             f"other batches have {max(counts)}"
         )
-    train = tuple(np.concatenate(column) for column in zip(*batches, strict=True))
-    return image_dataset("cifar-10", train, _read_cifar(root / "test_batch.bin"), CIFAR10)
+    images, labels = (np.concatenate(column) for column in zip(*batches, strict=True))
+    return image_dataset(
+        "cifar-10", (images, labels), _read_cifar(root / "test_batch.bin"), CIFAR10
+    )
 
 
 def read_idx(path: str | os.PathLike[str], rank: int | None = None) -> np.ndarray:

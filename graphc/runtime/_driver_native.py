@@ -24,10 +24,12 @@ from graphc.runtime.control import (
     CONDITION,
     DONE,
     GENERATION,
-    IDLE_TICKS,
+    GROUP_SHIFT,
+    IDLE_PATIENCE,
     LEFT,
     LOCK,
     MUTEX,
+    PATIENCE,
     PROGRAM,
     REQUEST_CONTROL,
     REQUEST_FAILED,
@@ -36,11 +38,11 @@ from graphc.runtime.control import (
     REQUEST_THREAD,
     REQUEST_TIMING,
     ROW_ARGUMENTS,
+    ROW_BLOCKS,
     ROW_BYTES,
     ROW_FLAGS,
     ROW_FUNCTION,
     SLEEPERS,
-    SPIN_LIMIT,
     STOP,
     THREADS,
     UNLOCK,
@@ -183,23 +185,34 @@ def call_system(typing_context, control, function, first, second):
 
 
 @native
-def wait_while(control, offset, value, limit):
+def wait_while(control, offset, value, patience):
     """Returns when the word at `offset` no longer is `value`: polls a while, then blocks.
+
+    How long it polls, in ticks, is the word at `patience`; the next word is its maximum. Where
+    polling fails it soon is not tried for long: the thread waited for may need this core. Where it
+    has become all but nothing it starts anew, else it would not be noticed when polling pays again.
 
     The blocking half is a monitor: the word is compared with the mutex held, and whoever changes
     it while SLEEPERS is not 0 wakes all with the mutex held. See `team.py` for why no wake-up is
     lost.
     """
+    limit = load(control, patience)
     begin = ticks()
     while atomic_load(control, offset) == value:
         pause()
         if ticks() - begin > limit:
+            most = load(control, patience + 8)
+            store(control, patience, limit >> 1 if limit > most >> 16 else most)
             call_system(control, LOCK, MUTEX, 0)
             atomic_add(control, SLEEPERS, 1)
             while atomic_load(control, offset) == value:
                 call_system(control, WAIT, CONDITION, MUTEX)
             atomic_add(control, SLEEPERS, -1)
             call_system(control, UNLOCK, MUTEX, 0)
+            return
+    most = load(control, patience + 8)
+    if limit < most:
+        store(control, patience, min(2 * limit + 1, most))
 
 
 @native
@@ -219,7 +232,31 @@ def barrier(control, threads):
         atomic_add(control, BARRIER_TURN, 1)
         wake(control)
     else:
-        wait_while(control, BARRIER_TURN, turn, load(control, SPIN_LIMIT))
+        wait_while(control, BARRIER_TURN, turn, PATIENCE)
+
+
+@native
+def drive_group(row, rows, thread, threads, stamp):
+    """Runs the rows of a group on each block of this thread's share; returns the status.
+
+    Where there is a place for stamps, the time of all blocks is added up after the group's begin."""
+    blocks = load(row, ROW_BLOCKS)
+    failed = 0
+    if stamp != 0:
+        begin = ticks()
+        for index in range(rows):
+            store(stamp, index * 16, begin)
+            store(stamp, index * 16 + 8, begin)
+    for block in range(blocks * thread // threads, blocks * (thread + 1) // threads):
+        for index in range(rows):
+            begin = ticks() if stamp != 0 else 0
+            status = call_kernel(row + index * ROW_BYTES, block, blocks)
+            if stamp != 0:
+                end = stamp + index * 16
+                store(end, 8, load(end, 8) + ticks() - begin)
+            if status != 0:
+                failed = status
+    return failed
 
 
 @native
@@ -231,24 +268,35 @@ def drive(control, program, thread, threads):
     row = load(program, REQUEST_TABLE)
     rows = load(program, REQUEST_ROWS)
     timing = load(program, REQUEST_TIMING)
-    stamp = timing + thread * rows * 16
-    for index in range(rows):
+    stamp = timing + thread * rows * 16 if timing != 0 else 0
+    index = 0
+    while index < rows:
         flags = load(row, ROW_FLAGS)
-        if timing != 0:
-            store(stamp, 0, ticks())
+        count = flags >> GROUP_SHIFT
         status = 0
-        if flags & ALONE == 0:
-            status = call_kernel(row, thread, threads)
-        elif thread == 0:
-            status = call_kernel(row, 0, 1)
-        if timing != 0:
-            store(stamp, 8, ticks())
-            stamp += 16
+        if count > 0:
+            status = drive_group(row, count, thread, threads, stamp)
+            row += (count - 1) * ROW_BYTES
+            index += count - 1
+            flags = load(row, ROW_FLAGS)
+            if timing != 0:
+                stamp += count * 16
+        else:
+            if timing != 0:
+                store(stamp, 0, ticks())
+            if flags & ALONE == 0:
+                status = call_kernel(row, thread, threads)
+            elif thread == 0:
+                status = call_kernel(row, 0, 1)
+            if timing != 0:
+                store(stamp, 8, ticks())
+                stamp += 16
         if status != 0:
             atomic_store(program, REQUEST_FAILED, index + 1)
         if flags & BARRIER and threads > 1:
             barrier(control, threads)
         row += ROW_BYTES
+        index += 1
 
 
 def participate(request):
@@ -272,7 +320,7 @@ def participate(request):
             wake(control)
     while True:
         if thread != 0:
-            wait_while(control, GENERATION, seen, load(control, IDLE_TICKS))
+            wait_while(control, GENERATION, seen, IDLE_PATIENCE)
             seen = atomic_load(control, GENERATION)
             program = load(control, PROGRAM)
         if load(control, STOP) != 0:
@@ -287,7 +335,7 @@ def participate(request):
     if threads > 1:
         done = atomic_load(control, DONE)
         while done != threads - 1:
-            wait_while(control, DONE, done, load(control, SPIN_LIMIT))
+            wait_while(control, DONE, done, PATIENCE)
             done = atomic_load(control, DONE)
         atomic_store(control, DONE, 0)
     if load(program, REQUEST_FAILED) != 0:

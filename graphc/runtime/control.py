@@ -7,14 +7,19 @@ barrier would take the line away from the threads that poll its neighbour.
 
 from typing import Final
 
-# A row of the launch table: [function address, arguments address, flags, reserved], int64 each.
+# A row of the launch table: [function address, arguments address, flags, blocks], int64 each.
 ROW_FUNCTION: Final = 0
 ROW_ARGUMENTS: Final = 8
 ROW_FLAGS: Final = 16
+ROW_BLOCKS: Final = 24
 ROW_BYTES: Final = 32
 
 BARRIER: Final = 1  # all threads finish this row before any of them starts the next
 ALONE: Final = 2  # thread 0 runs the row by itself, as kernel(arguments, 0, 1)
+# The first row of a group says in its flags, shifted by GROUP_SHIFT, how many rows the group has: each
+# thread runs all of them on one block of its share of ROW_BLOCKS, as kernel(arguments, block, blocks), then
+# on the next. The last row's BARRIER ends the group.
+GROUP_SHIFT: Final = 8
 
 # A request: what one call of the driver is asked to do. Thread 0's also describes the program that
 # the team runs. The last two words take the result and exception pointers that Numba's calling
@@ -38,16 +43,15 @@ STOP: Final = 272  # with the next GENERATION, workers leave their loop
 DONE: Final = 384  # workers that have finished the posted program
 SLEEPERS: Final = 512  # workers that are about to block, or block, on the condition variable
 LEFT: Final = 520  # workers that have left their loop for good
+PATIENCE: Final = 640  # ticks that a thread polls for another before it blocks; then the maximum
+IDLE_PATIENCE: Final = 656  # ticks that a worker polls for a program; then the maximum
 
 # Constant once the team exists.
-THREADS: Final = 640
-SPIN_LIMIT: Final = 648  # polls before a waiting thread offers its core to others at each poll
-IDLE_TICKS: Final = 656  # clock ticks that an idle worker polls before it blocks
-YIELD: Final = 664  # addresses of functions of the operating system
-LOCK: Final = 672
-UNLOCK: Final = 680
-WAIT: Final = 688
-WAKE_ALL: Final = 696
-MUTEX: Final = 768  # storage of the operating system's mutex and condition variable
-CONDITION: Final = 896
-CONTROL_BYTES: Final = 1024
+THREADS: Final = 768
+LOCK: Final = 776  # addresses of functions of the operating system
+UNLOCK: Final = 784
+WAIT: Final = 792
+WAKE_ALL: Final = 800
+MUTEX: Final = 896  # storage of the operating system's mutex and condition variable
+CONDITION: Final = 1024
+CONTROL_BYTES: Final = 1152

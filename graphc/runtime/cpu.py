@@ -12,11 +12,12 @@ from graphc.codegen.program import Launch
 from graphc.interpreter import interpret
 from graphc.ir import SOURCES, Graph, Node, Value
 from graphc.runtime.arena import Arena, aligned_zeros
-from graphc.runtime.driver import ALONE, BARRIER, launch_table
+from graphc.runtime.driver import launch_table
 from graphc.runtime.executable import Executable
 from graphc.runtime.inputs import checked_array, missing_input, unknown_input
 from graphc.runtime.layout import read_layout, write_layout
 from graphc.runtime.linker import KernelSource, load_kernels
+from graphc.runtime.synchronise import row_flags
 from graphc.runtime.team import get_team
 
 _ALIGN = 64
@@ -84,6 +85,15 @@ class CpuExecutable(Executable):
         arena, offset = self._locate(value)
         return arena.address(offset)
 
+    def _memory_range(self, value: Value) -> tuple[int, int]:
+        """First and last byte of a value's memory; inputs are memory that no kernel writes."""
+        root = self._root(value)
+        if root.node.op == "input":
+            return (0, 0)
+        shape = root.layout.physical_shape(root.shape)
+        first = self._address(root)
+        return first, first + int(np.prod(shape, dtype=np.int64)) * root.type.itemsize
+
     def _view(self, value: Value) -> np.ndarray:
         arena, offset = self._locate(value)
         return arena.view(offset, value.layout.physical_shape(value.shape), value.dtype)
@@ -108,10 +118,10 @@ class CpuExecutable(Executable):
                     patches.setdefault(root.node.name, []).append(position + slot)
             end = position + len(values)
             self._arguments[end : end + len(launch.call.numbers)] = launch.call.numbers
-            alone = ALONE if launch.schedule.parallel == 0 else 0
-            table.append((address, base + 8 * position, BARRIER | alone))
+            table.append((address, base + 8 * position, 0, launch.blocks))
             position = end + len(launch.call.numbers)
-        self._table = launch_table(table)
+        flags = row_flags(rows, self._memory_range)
+        self._table = launch_table((*row[:2], flag, row[3]) for row, flag in zip(table, flags, strict=True))
         self._patches = {name: np.array(slots) for name, slots in patches.items()}
         self.kernel_paths = dict(zip([launch.node.name for launch in rows], loaded.paths, strict=True))
         self.compiled_kernels = loaded.compiled

@@ -22,6 +22,7 @@ from graphc.runtime.linker import KernelSource, load_kernels
 
 BARRIER = c.BARRIER
 ALONE = c.ALONE
+GROUP_SHIFT = c.GROUP_SHIFT
 
 _Native = Callable[..., int]
 
@@ -39,13 +40,13 @@ def driver_sources() -> tuple[KernelSource, ...]:
     )
 
 
-def launch_table(rows: Iterable[tuple[int, int, int]]) -> np.ndarray:
-    """int64[rows, 4] from (function address, arguments address, flags), aligned to 64 bytes."""
+def launch_table(rows: Iterable[tuple[int, ...]]) -> np.ndarray:
+    """int64[rows, 4] from (function address, arguments address, flags[, blocks]), aligned to 64 bytes."""
     rows = list(rows)
     table = aligned_zeros(max(1, len(rows)) * c.ROW_BYTES).view(np.int64).reshape(-1, 4)
     table = table[: len(rows)]
     for index, row in enumerate(rows):
-        table[index, :3] = row
+        table[index, : len(row)] = row
     return table
 
 

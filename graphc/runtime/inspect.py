@@ -207,6 +207,7 @@ def explain(executable: Executable) -> str:
         sections.append("Passes\n" + "\n".join(f"  {record}" for record in executable.records))
     if hasattr(executable, "launches"):
         sections += [
+            "Convolution algorithms\n" + "\n".join(f"  {line}" for line in _convolution_lines(executable)),
             "Layouts\n" + "\n".join(f"  {line}" for line in _layout_lines(graph)),
             "Layout conversions\n" + "\n".join(f"  {line}" for line in _conversion_lines(graph)),
             "Neighbours kept apart\n" + "\n".join(f"  {line}" for line in _apart_lines(graph)),
@@ -229,6 +230,23 @@ def _headline(executable: Executable) -> str:
         f"{graph.name} on {executable.target}: {len(rows)} launches of "
         f"{len({info.file for info in rows})} kernels, {threads} thread{'s' if threads > 1 else ''}"
     )
+
+
+def _convolution_lines(executable: Executable) -> Iterator[str]:
+    """The algorithm of each convolution that had a choice, and all predicted costs."""
+    choices: dict[str, dict[str, float]] = executable.graph.annotations.get("convolutions", {})
+    chosen = dict(
+        text.split(": ", 1)
+        for record in executable.records
+        if record.name == "choose_convolutions"
+        for text in record.notes
+    )
+    for name, costs in choices.items():
+        ranked = sorted(costs.items(), key=lambda item: item[1])
+        text = ", ".join(f"{algorithm} {cost:,.0f}" for algorithm, cost in ranked)
+        yield f"{name}: {chosen.get(name, 'direct')}; predicted costs {text}"
+    if not choices:
+        yield "all direct: no other algorithm applies"
 
 
 def _layout_lines(graph: Graph) -> Iterator[str]:
@@ -373,8 +391,9 @@ def _launch_lines(executable: Executable) -> list[str]:
         places = " ".join(_place(v, plan) for v in buffers)
         alone = "thread 0" if info.parallel == 0 else "all"
         values = " ".join(map(str, launch.call.numbers))
-        rows.append((f"{number:02d}", info.name, info.kind, info.file, alone, places, values))
-    head = ("row", "node", "kind", "kernel", "threads", "buffers (name@offset)", "numbers")
+        digest = Path(info.file).stem[:12]
+        rows.append((f"{number:02d}", info.name, info.kind, digest, alone, places, values))
+    head = ("row", "node", "kind", "digest", "threads", "buffers (name@offset)", "numbers")
     return table(head, rows, left=len(head))
 
 

@@ -7,7 +7,7 @@ above (an activation that the backward pass needs again): drawn as edges, they w
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def draw(graph: Any) -> Drawing:
 
 def scene(graph: Graph) -> Scene:
     """The shapes of the picture."""
-    phase = {node.name: phase_of(node) for node in graph}
+    phase: dict[Hashable, str] = {node.name: phase_of(node) for node in graph}
     inlined = {node.name for node in graph if _is_inlined(node)}
     edges = [
         (value.node.name, node.name)

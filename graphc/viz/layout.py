@@ -47,7 +47,7 @@ def layered(
     chains = {edge: [edge[0]] for edge in edges}
     for source, target in edges:
         for row in range(level[source] + 1, level[target]):
-            waypoint = (_Waypoint, source, row)
+            waypoint: Key = (_Waypoint, source, row)
             if waypoint not in above:
                 above[waypoint] = [chains[source, target][-1]]
                 layers[row].append(waypoint)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
 from graphc.errors import MissingExtraError
@@ -11,7 +13,7 @@ from graphc.errors import MissingExtraError
 Point = tuple[float, float]
 
 FONT = "Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
-_PIXEL_LIMIT = 24e6  # of a PNG; larger scenes are scaled down
+_PIXEL_LIMIT = 12e6  # of a PNG; larger scenes are scaled down
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def _curve(c: Curve) -> str:
     )
 
 
-_RENDER = {Rectangle: _rectangle, Text: _text, Curve: _curve}
+_RENDER: dict[type, Callable[[Any], str]] = {Rectangle: _rectangle, Text: _text, Curve: _curve}
 
 
 def _paint(axes, shape: Rectangle | Text | Curve, order: int) -> None:

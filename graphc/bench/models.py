@@ -1,0 +1,133 @@
+"""What is measured: networks of the zoo, and one piece of work: a network, a batch, a mode, threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from graphc import errors, zoo
+from graphc.init import materialise
+from graphc.ir import Graph
+from graphc.optim import SGD
+from graphc.runtime.work import contraction_flops
+
+# One training step of every library: SGD with momentum, as in torch.optim.
+LEARNING_RATE = 0.01
+MOMENTUM = 0.9
+INFER, TRAIN = "infer", "train"
+MODES = (INFER, TRAIN)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network to measure: how it is declared, and the batch sizes measured by default.
+
+    The graph has inputs `image` [N,...] and `label` [N], outputs `logits` and `loss`.
+    """
+
+    build: Callable[[], Graph]
+    infer: tuple[int, ...]
+    train: tuple[int, ...]
+
+
+# To measure another network of the zoo, add a line; `graphc.bench.translate` writes it for the peers.
+MODELS: dict[str, Model] = {
+    "lenet5": Model(zoo.lenet5, infer=(1, 64), train=(64,)),
+    "mlp": Model(zoo.mlp, infer=(1, 64), train=(64,)),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """One configuration, the same for every peer: same weights, same arrays, same threads."""
+
+    model: str
+    batch: int
+    mode: str
+    threads: int
+
+    def __str__(self) -> str:
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"{self.model}, batch {self.batch}, {self.mode}, {threads}"
+
+    @property
+    def declared(self) -> Graph:
+        """The network as its user declares it."""
+        return find_model(self.model).build()
+
+    @property
+    def output(self) -> str:
+        return "loss" if self.mode == TRAIN else "logits"
+
+    @property
+    def dims(self) -> dict[str, int]:
+        return {"N": self.batch}
+
+    def graph(self) -> Graph:
+        """The network at this batch size, reduced to what the output needs."""
+        bound = self.declared.bind(self.dims)
+        return bound.subgraph([bound.outputs[self.output]])
+
+    def inputs(self) -> dict[str, np.ndarray]:
+        """The batch: images of standard normal numbers, labels below the number of classes."""
+        declared = self.declared.bind(self.dims)
+        classes = int(declared.outputs["logits"].shape[-1])
+        rng = np.random.default_rng(0)
+        arrays: dict[str, np.ndarray] = {}
+        for name, node in declared.inputs.items():
+            if self.mode == INFER and name == "label":
+                continue
+            shape, dtype = node.types[0].shape, node.types[0].dtype
+            if dtype.startswith("int"):
+                arrays[name] = rng.integers(0, classes, shape).astype(dtype)  # type: ignore[arg-type]
+            else:
+                arrays[name] = rng.standard_normal(shape).astype(dtype)  # type: ignore[arg-type]
+        return arrays
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """Initial parameters and running statistics, those that graphc draws from seed 0."""
+        graph = self.graph()
+        return {n: materialise(node, 0) for n, node in {**graph.parameters, **graph.states}.items()}
+
+    def flops(self) -> int:
+        """Operations of the convolutions and products of one call, counted as direct ones."""
+        from graphc.compile import transform
+
+        training = self.mode == TRAIN
+        joint, _ = transform(
+            self.declared,
+            [self.output],
+            self.dims,
+            loss="loss" if training else None,
+            optimizer=SGD(LEARNING_RATE, MOMENTUM) if training else None,
+        )
+        return contraction_flops(joint)
+
+
+def find_model(name: str) -> Model:
+    """The model of that name. Raises NameLookupError with those there are."""
+    try:
+        return MODELS[name]
+    except KeyError:
+        raise errors.NameLookupError(
+            f"no model {name!r} to measure; there are {', '.join(MODELS)}"
+        ) from None
+
+
+def works(
+    models: list[str],
+    batches: list[int] | None,
+    modes: list[str],
+    threads: list[int],
+) -> list[Work]:
+    """Every combination asked for; `batches=None` takes each model's own."""
+    found = []
+    for name in models:
+        model = find_model(name)
+        own: Mapping[str, tuple[int, ...]] = {INFER: model.infer, TRAIN: model.train}
+        for mode in modes:
+            for batch in batches or own[mode]:
+                found += [Work(name, batch, mode, count) for count in threads]
+    return found

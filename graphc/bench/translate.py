@@ -1,0 +1,377 @@
+"""Write a declared graph in the words of other libraries, so that all of them run the same network.
+
+PyTorch and JAX get straight-line Python source, one statement an operator, as a careful user would
+write it (no module calls, layers with their fused function: `F.linear`, `F.conv2d` with bias,
+`F.cross_entropy`). ONNX is in `graphc.bench.onnx_model`. One table a library says how each operator
+is written; a network with an operator that is not there is refused by name.
+"""
+
+from __future__ import annotations
+
+import linecache
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from graphc import errors
+from graphc.ir import Graph, Node, Value
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of a library: `op` of the values `inputs` (None: an absent bias) with a node's attributes."""
+
+    op: str
+    node: Node
+    inputs: tuple[Value | None, ...]
+    output: Value
+
+
+def steps(graph: Graph) -> list[Step]:
+    """The operators of a bound graph in order, with the layers that libraries have one function for.
+
+    `conv2d` and `linear` take their bias, `cross_entropy` the mean over the batch."""
+    taken: set[str] = set()
+    found: list[Step] = []
+    for node in graph:
+        if node.op in ("input", "parameter", "state", "constant") or node.name in taken:
+            continue
+        step = _layer(graph, node, taken)
+        if step is not None:
+            found.append(step)
+    # A node that became part of a later layer (a transposed weight) is no step of its own.
+    return [s for s in found if s.node.name not in taken or s.output.node is not s.node]
+
+
+def _layer(graph: Graph, node: Node, taken: set[str]) -> Step:
+    out = node[0]
+    if node.op in ("conv2d", "matmul"):
+        inputs: list[Value | None] = list(node.inputs)
+        op = node.op
+        if op == "matmul" and _is_transposed_parameter(node.inputs[1]):
+            op, inputs[1] = "linear", node.inputs[1].node.inputs[0]
+            taken.add(node.inputs[1].node.name)
+        if op != "matmul":
+            bias, added = _bias(graph, node)
+            inputs.append(bias)
+            if added is not None:
+                taken.add(added.name)
+                out = added[0]
+        return Step(op, node, tuple(inputs), out)
+    if node.op == "softmax_cross_entropy":
+        mean = _only_user(graph, out)
+        if mean is not None and mean.op == "mean" and mean.types[0].shape == ():
+            taken.add(mean.name)
+            return Step("cross_entropy", node, node.inputs, mean[0])
+    return Step(node.op, node, node.inputs, out)
+
+
+def _only_user(graph: Graph, value: Value) -> Node | None:
+    users = graph.users(value)
+    return users[0][0] if len(users) == 1 and value not in graph.results else None
+
+
+def _is_transposed_parameter(value: Value) -> bool:
+    node = value.node
+    return node.op == "transpose" and value.rank == 2 and node.inputs[0].node.op == "parameter"
+
+
+def _bias(graph: Graph, node: Node) -> tuple[Value | None, Node | None]:
+    """The bias parameter that is added to a layer's only use, and the node that adds it."""
+    add = _only_user(graph, node[0])
+    if add is None or add.op != "add":
+        return None, None
+    other = next((v for v in add.inputs if v.node is not node), None)
+    if other is None:
+        return None, None
+    source = other
+    if node.op == "conv2d":
+        if other.node.op != "reshape" or other.shape != (node.types[0].shape[1], 1, 1):
+            return None, None
+        source = other.node.inputs[0]
+    if source.node.op != "parameter" or source.rank != 1:
+        return None, None
+    return source, add
+
+
+class Writer:
+    """Writes steps as Python source. `words`: operator -> (step, its operands as text) -> expression."""
+
+    def __init__(self, library: str, head: str, words: dict[str, Callable[[Step, list[str]], str]]):
+        self.library, self.head, self.words = library, head, words
+
+    def source(self, graph: Graph, returns: str) -> str:
+        """The module that defines `forward(p, s, <inputs>)`.
+
+        p: parameters and constants by name; s: states. `returns`: what follows `return`, with {} for
+        the graph's only output."""
+        names: dict[Value, str] = {}
+        for node in graph:
+            if node.op == "input":
+                names[node[0]] = node.name
+            elif node.op in ("parameter", "state"):
+                names[node[0]] = f"{'p' if node.op == 'parameter' else 's'}[{node.name!r}]"
+            elif node.op == "constant":
+                value = node.attrs["value"]
+                names[node[0]] = repr(value.item()) if value.size == 1 else f"p[{node.name!r}]"
+        lines = [self.head, f"def forward(p, s, {', '.join(graph.inputs)}):"]
+        for number, step in enumerate(needed(graph)):
+            write = self.words.get(step.op)
+            if write is None:
+                raise errors.GraphcError(
+                    f"{step.node.describe()}: the benchmark cannot write {step.op!r} for "
+                    f"{self.library}: add it to graphc.bench.translate"
+                )
+            operands = ["None" if v is None else names[v] for v in step.inputs]
+            names[step.output] = f"t{number}"
+            lines.append(f"    t{number} = {write(step, operands)}  # {step.node.name}")
+        (output,) = graph.outputs.values()
+        lines.append(f"    return {returns.format(names[output])}")
+        return "\n".join(lines) + "\n"
+
+    def function(self, graph: Graph, returns: str = "{}") -> Callable:
+        """`forward` of `source`, compiled; its lines are known to tracebacks and debuggers."""
+        source = self.source(graph, returns)
+        filename = f"<{graph.name} for {self.library}>"
+        linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+        scope: dict[str, Any] = {}
+        exec(compile(source, filename, "exec"), scope)
+        return scope["forward"]
+
+
+def needed(graph: Graph) -> list[Step]:
+    """Steps whose result something reads: a bias's reshape is part of its layer."""
+    found = steps(graph)
+    read = {v for s in found for v in s.inputs if v is not None} | set(graph.outputs.values())
+    return [s for s in found if s.output in read]
+
+
+def constants(graph: Graph) -> dict[str, np.ndarray]:
+    """Constant arrays by name, which `forward` takes among its parameters."""
+    return {n.name: n.attrs["value"] for n in graph if n.op == "constant" and n.types[0].size != 1}
+
+
+# ---- shared words
+
+
+def _binary(symbol: str) -> Callable[[Step, list[str]], str]:
+    return lambda step, x: f"{x[0]} {symbol} {x[1]}"
+
+
+def _call(function: str) -> Callable[[Step, list[str]], str]:
+    return lambda step, x: f"{function}({', '.join(x)})"
+
+
+def _attribute(step: Step, name: str) -> Any:
+    return step.node.attrs[name]
+
+
+_ARITHMETIC: dict[str, Callable[[Step, list[str]], str]] = {
+    "add": _binary("+"),
+    "sub": _binary("-"),
+    "mul": _binary("*"),
+    "div": _binary("/"),
+    "matmul": _binary("@"),
+    "neg": lambda step, x: f"-{x[0]}",
+    "square": lambda step, x: f"{x[0]} * {x[0]}",
+}
+
+
+def _symmetric(step: Step) -> tuple[int, ...] | None:
+    """Padding as (height, width) where both sides of an axis have the same."""
+    pairs = _attribute(step, "padding")
+    return tuple(a for a, _ in pairs) if all(a == b for a, b in pairs) else None
+
+
+def _require_symmetric(step: Step, library: str) -> tuple[int, ...]:
+    padding = _symmetric(step)
+    if padding is None:
+        raise errors.GraphcError(
+            f"{step.node.describe()}: {library} pads both sides of a pooled image alike, not "
+            f"{_attribute(step, 'padding')}"
+        )
+    return padding
+
+
+def axis_of(step: Step) -> int:
+    """The one axis of a softmax."""
+    axis = _attribute(step, "axis")
+    return axis if isinstance(axis, int) else axis[0]
+
+
+# ---- PyTorch
+
+
+def _torch_conv(step: Step, x: list[str]) -> str:
+    padding, image = _symmetric(step), x[0]
+    if padding is None:
+        (top, bottom), (left, right) = _attribute(step, "padding")
+        image, padding = f"F.pad({image}, ({left}, {right}, {top}, {bottom}))", (0, 0)
+    a = step.node.attrs
+    return f"F.conv2d({image}, {x[1]}, {x[2]}, {a['stride']}, {padding}, {a['dilation']}, {a['groups']})"
+
+
+def _torch_max_pool(step: Step, x: list[str]) -> str:
+    a, padding = step.node.attrs, _require_symmetric(step, "PyTorch")
+    return f"F.max_pool2d({x[0]}, {a['kernel']}, {a['stride']}, {padding}, {a['dilation']})"
+
+
+def _torch_avg_pool(step: Step, x: list[str]) -> str:
+    a, padding = step.node.attrs, _require_symmetric(step, "PyTorch")
+    return f"F.avg_pool2d({x[0]}, {a['kernel']}, {a['stride']}, {padding}, count_include_pad=False)"
+
+
+def _torch_batch_norm(step: Step, x: list[str]) -> str:
+    a = step.node.attrs
+    training = _attribute(step, "training")
+    return (
+        f"F.batch_norm({x[0]}, {x[3]}, {x[4]}, {x[1]}, {x[2]}, {bool(training)}, "
+        f"{a['momentum']}, {a['eps']})"
+    )
+
+
+def _torch_reduce(name: str) -> Callable[[Step, list[str]], str]:
+    def write(step: Step, x: list[str]) -> str:
+        a = step.node.attrs
+        return f"{x[0]}.{name}(dim={tuple(a['axis'])}, keepdim={a['keepdims']})"
+
+    return write
+
+
+TORCH = Writer(
+    "PyTorch",
+    "import torch\nimport torch.nn.functional as F\n\n",
+    {
+        **_ARITHMETIC,
+        **{n: _call(f"torch.{n}") for n in ("exp", "log", "sqrt", "tanh", "sigmoid", "maximum")},
+        "relu": _call("F.relu"),
+        "silu": _call("F.silu"),
+        "gelu": lambda step, x: f"F.gelu({x[0]}, approximate={_attribute(step, 'approximate')!r})",
+        "linear": _call("F.linear"),
+        "conv2d": _torch_conv,
+        "max_pool2d": _torch_max_pool,
+        "avg_pool2d": _torch_avg_pool,
+        "batch_norm": _torch_batch_norm,
+        "mean": _torch_reduce("mean"),
+        "sum": _torch_reduce("sum"),
+        "softmax": lambda step, x: f"F.softmax({x[0]}, dim={axis_of(step)})",
+        "log_softmax": lambda step, x: f"F.log_softmax({x[0]}, dim={axis_of(step)})",
+        "reshape": lambda step, x: f"{x[0]}.reshape({step.node.types[0].shape})",
+        "transpose": lambda step, x: f"{x[0]}.permute({_attribute(step, 'axes')})",
+        "concat": lambda step, x: f"torch.cat(({', '.join(x)},), dim={_attribute(step, 'axis')})",
+        "cross_entropy": lambda step, x: (
+            f"F.cross_entropy({x[0]}, {x[1]}, label_smoothing={_attribute(step, 'label_smoothing')})"
+        ),
+    },
+)
+
+
+# ---- JAX
+
+_JAX_HEAD = '''\
+import jax
+import jax.numpy as jnp
+from jax import lax, nn
+
+
+def batch_norm(x, weight, bias, mean, var, training, momentum, eps, s, names):
+    shape = (1, -1) + (1,) * (x.ndim - 2)
+    if training:
+        axes = tuple(a for a in range(x.ndim) if a != 1)
+        n = x.size // x.shape[1]
+        kept = {names[0]: mean, names[1]: var}
+        mean, var = jnp.mean(x, axes), jnp.var(x, axes)
+        s[names[0]] = kept[names[0]] + momentum * (mean - kept[names[0]])
+        s[names[1]] = kept[names[1]] + momentum * (var * n / (n - 1) - kept[names[1]])
+    scale = lax.rsqrt(var + eps) * weight
+    return x * scale.reshape(shape) + (bias - mean * scale).reshape(shape)
+
+
+def cross_entropy(logits, label, smoothing):
+    log_p = nn.log_softmax(logits)
+    picked = jnp.take_along_axis(log_p, label[:, None], axis=1)[:, 0]
+    return -jnp.mean((1 - smoothing) * picked + smoothing * jnp.mean(log_p, axis=1))
+
+
+def conv2d(x, weight, bias, stride, padding, dilation, groups):
+    y = lax.conv_general_dilated(
+        x, weight, stride, padding, rhs_dilation=dilation, feature_group_count=groups,
+        dimension_numbers=("NCHW", "OIHW", "NCHW"),
+    )
+    return y if bias is None else y + bias[:, None, None]
+
+
+def pool(x, start, combine, kernel, stride, padding, dilation=(1, 1)):
+    return lax.reduce_window(
+        x, start, combine, (1, 1, *kernel), (1, 1, *stride), ((0, 0), (0, 0), *padding),
+        window_dilation=(1, 1, *dilation),
+    )
+
+
+'''
+
+
+def _jax_batch_norm(step: Step, x: list[str]) -> str:
+    a = step.node.attrs
+    names = tuple(v.node.name for v in step.inputs[3:5] if v is not None)
+    return (
+        f"batch_norm({', '.join(x)}, {bool(a['training'])}, {a['momentum']}, {a['eps']}, s, {names})"
+    )
+
+
+def _jax_conv(step: Step, x: list[str]) -> str:
+    a = step.node.attrs
+    return f"conv2d({', '.join(x)}, {a['stride']}, {a['padding']}, {a['dilation']}, {a['groups']})"
+
+
+def _jax_max_pool(step: Step, x: list[str]) -> str:
+    a = step.node.attrs
+    geometry = f"{a['kernel']}, {a['stride']}, {a['padding']}, {a['dilation']}"
+    return f"pool({x[0]}, -jnp.inf, lax.max, {geometry})"
+
+
+def _jax_avg_pool(step: Step, x: list[str]) -> str:
+    geometry = ", ".join(str(_attribute(step, n)) for n in ("kernel", "stride", "padding"))
+    total = f"pool({x[0]}, 0.0, lax.add, {geometry})"
+    return f"{total} / pool(jnp.ones_like({x[0]}), 0.0, lax.add, {geometry})"
+
+
+def _jax_reduce(name: str) -> Callable[[Step, list[str]], str]:
+    def write(step: Step, x: list[str]) -> str:
+        a = step.node.attrs
+        return f"jnp.{name}({x[0]}, axis={tuple(a['axis'])}, keepdims={a['keepdims']})"
+
+    return write
+
+
+JAX = Writer(
+    "JAX",
+    _JAX_HEAD,
+    {
+        **_ARITHMETIC,
+        **{n: _call(f"jnp.{n}") for n in ("exp", "log", "sqrt", "tanh", "maximum")},
+        "relu": _call("nn.relu"),
+        "sigmoid": _call("nn.sigmoid"),
+        "silu": _call("nn.silu"),
+        "gelu": lambda step, x: f"nn.gelu({x[0]}, {_attribute(step, 'approximate') == 'tanh'})",
+        "linear": lambda step, x: f"{x[0]} @ {x[1]}.T" + ("" if x[2] == "None" else f" + {x[2]}"),
+        "conv2d": _jax_conv,
+        "max_pool2d": _jax_max_pool,
+        "avg_pool2d": _jax_avg_pool,
+        "batch_norm": _jax_batch_norm,
+        "mean": _jax_reduce("mean"),
+        "sum": _jax_reduce("sum"),
+        "softmax": lambda step, x: f"nn.softmax({x[0]}, {axis_of(step)})",
+        "log_softmax": lambda step, x: f"nn.log_softmax({x[0]}, {axis_of(step)})",
+        "reshape": lambda step, x: f"{x[0]}.reshape({step.node.types[0].shape})",
+        "transpose": lambda step, x: f"{x[0]}.transpose({_attribute(step, 'axes')})",
+        "concat": lambda step, x: (
+            f"jnp.concatenate(({', '.join(x)},), axis={_attribute(step, 'axis')})"
+        ),
+        "cross_entropy": lambda step, x: (
+            f"cross_entropy({x[0]}, {x[1]}, {_attribute(step, 'label_smoothing')})"
+        ),
+    },
+)

@@ -1,0 +1,92 @@
+"""Run images through whole regions, a block at a time, without barriers between the kernels."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from graphc.ir import SOURCES, Graph, Node
+from passes.base import Pass, note
+from passes.schedule import edges, reordered
+
+# A group must be worth its simultaneous lifetimes.
+SHORTEST = 2
+
+
+@dataclass(frozen=True)
+class Parallelize(Pass):
+    """Put kernels that work on separate blocks of the batch next to each other, and group them.
+
+    Requires: layouts assigned. `blocks(node)` says into how many blocks of the batch a region falls apart,
+    or None. Ensures: the same nodes in an order that respects operands; `graph.annotations["groups"]` is a
+    tuple of (number of blocks, node names): the nodes of a group follow each other, and thread t may run
+    all of them on its first block, then on its second, while the block is still in its cache.
+    """
+
+    blocks: Callable[[Node], int | None]
+
+    def run(self, graph: Graph) -> Graph:
+        counts = {n.name: self.blocks(n) for n in graph if n.op == "fused"}
+        new = reordered(graph, _order(graph, counts))
+        new.annotations["groups"] = _groups(new, counts)
+        note(new, f"{sum(len(names) for _, names in new.annotations['groups'])} kernels run block by block")
+        return new
+
+
+def _order(graph: Graph, counts: dict[str, int | None]) -> list[Node]:
+    """List scheduling that stays with kernels of one number of blocks while any is ready."""
+    nodes = graph.nodes
+    successors, waiting = edges(graph)
+    free: list[int] = []
+    ready: dict[int | None, list[int]] = {}
+
+    def release(i: int) -> None:
+        if nodes[i].op in SOURCES or nodes[i].op == "reshape":
+            heapq.heappush(free, i)
+        else:
+            heapq.heappush(ready.setdefault(counts.get(nodes[i].name), []), i)
+
+    for i, count in enumerate(waiting):
+        if count == 0:
+            release(i)
+    order: list[Node] = []
+    current: int | None = None
+    while free or any(ready.values()):
+        if free:
+            i = heapq.heappop(free)
+        else:
+            # What has no blocks first when a new group would start: it may be what the group waits for.
+            if not ready.get(current):
+                current = None if ready.get(None) and not _blocked(ready) else _blocked(ready)
+            i = heapq.heappop(ready[current])
+        order.append(nodes[i])
+        for follower in successors[i]:
+            waiting[follower] -= 1
+            if waiting[follower] == 0:
+                release(follower)
+    return order
+
+
+def _blocked(ready: dict[int | None, list[int]]) -> int | None:
+    """The number of blocks whose first ready kernel comes first in the old order."""
+    found = [(queue[0], count) for count, queue in ready.items() if queue and count is not None]
+    return min(found)[1] if found else None
+
+
+def _groups(graph: Graph, counts: dict[str, int | None]) -> tuple[tuple[int, tuple[str, ...]], ...]:
+    groups: list[tuple[int, tuple[str, ...]]] = []
+    run: list[str] = []
+    current: int | None = None
+    for node in graph:
+        if node.op != "fused":
+            continue
+        count = counts[node.name]
+        if count != current or count is None:
+            if current is not None and len(run) >= SHORTEST:
+                groups.append((current, tuple(run)))
+            run, current = [], count
+        run.append(node.name)
+    if current is not None and len(run) >= SHORTEST:
+        groups.append((current, tuple(run)))
+    return tuple(groups)
