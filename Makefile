@@ -39,7 +39,8 @@ bench: $(VENV)/.test
 	$(BIN)/python examples/benchmark.py
 
 pictures: $(VENV)/.demo
-	$(BIN)/graphc draw lenet --out docs/images/lenet.svg
+	$(BIN)/graphc draw lenet --stage inference --out docs/images/lenet.svg
+	$(BIN)/graphc draw lenet --stage training --out docs/images/lenet-training.svg
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

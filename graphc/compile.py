@@ -76,7 +76,7 @@ def compile(
             return joint, {}, records
         fused, more = (pipeline or default_pipeline()).run(joint, observer=observer)
         kernels = cpu_target.lower_graph(fused)
-        planned, final = memory_pipeline(check).run(fused, observer=observer)
+        planned, final = memory_pipeline(threads, check).run(fused, observer=observer)
         return planned, kernels, (*records, *more, *final)
 
     if target == "interpret":
@@ -108,14 +108,14 @@ def default_pipeline(layout: str | None = None) -> Pipeline:
     )
 
 
-def memory_pipeline(check: bool = False) -> Pipeline:
+def memory_pipeline(threads: int, check: bool = False) -> Pipeline:
     """Order the kernels, group those that go block by block, and place every value."""
     from graphc.codegen import target as cpu_target
 
     return Pipeline(
         (
             Schedule(updates_in_place=True),
-            Parallelize(cpu_target.blocks),
+            Parallelize(cpu_target.blocks, threads),
             PlanMemory(updates_in_place=not check, reuse=not check),
         )
     )

@@ -24,6 +24,8 @@ VIEWS = frozenset({"transpose", "expand", "squeeze", "unsqueeze", "slice"})
 # Functions of one element that cost no more than reading their result would.
 CHEAP = frozenset({"lt", "le", "gt", "ge", "eq", "ne", "logical_not", "cast", "one_hot"})
 UPDATE = "update"
+# Constants of at most so many elements are known to the code generator (transform matrices).
+KNOWN = 256
 
 
 @dataclass(frozen=True)
@@ -285,6 +287,8 @@ class _Fuser:
             else:
                 local[value] = body.input(f"operand{len(operands)}", value.shape, value.dtype)
                 local[value].node.layouts = (value.layout,)
+                if node.op == "constant" and value.type.size <= KNOWN:
+                    local[value].node.attrs["known"] = node.attrs["value"]
                 operands.append(value)
             return local[value]
 

@@ -25,13 +25,19 @@ class Parallelize(Pass):
     """
 
     blocks: Callable[[Node], int | None]
+    threads: int = 1
 
     def run(self, graph: Graph) -> Graph:
-        counts = {n.name: self.blocks(n) for n in graph if n.op == "fused"}
+        counts = {n.name: self._shares(self.blocks(n)) for n in graph if n.op == "fused"}
         new = reordered(graph, _order(graph, counts))
         new.annotations["groups"] = _groups(new, counts)
         note(new, f"{sum(len(names) for _, names in new.annotations['groups'])} kernels run block by block")
         return new
+
+    def _shares(self, blocks: int | None) -> int | None:
+        """Two blocks at a time where every thread still gets as many: a register tile over both reads each
+        weight once."""
+        return blocks // 2 if blocks and blocks % (2 * self.threads) == 0 else blocks
 
 
 def _order(graph: Graph, counts: dict[str, int | None]) -> list[Node]:

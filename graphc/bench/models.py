@@ -9,7 +9,7 @@ import numpy as np
 
 from graphc import errors, zoo
 from graphc.init import materialise
-from graphc.ir import Graph
+from graphc.ir import Graph, Node, Value
 from graphc.optim import SGD
 from graphc.runtime.work import contraction_flops
 
@@ -66,9 +66,18 @@ class Work:
         return {"N": self.batch}
 
     def graph(self) -> Graph:
-        """The network at this batch size, reduced to what the output needs."""
+        """The network at this batch size and in this mode, reduced to what the output needs."""
         bound = self.declared.bind(self.dims)
-        return bound.subgraph([bound.outputs[self.output]])
+
+        def decide(new: Graph, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...] | None:
+            if node.attrs.get("training", self) is not None:
+                return None
+            attrs = {**node.attrs, "training": self.mode == TRAIN}
+            return new.add(node.op, inputs, attrs, name=node.name).outputs
+
+        graph = bound.subgraph([bound.outputs[self.output]]).rebuild(decide)
+        graph.outputs = {self.output: graph.outputs[self.output]}
+        return graph
 
     def inputs(self) -> dict[str, np.ndarray]:
         """The batch: images of standard normal numbers, labels below the number of classes."""

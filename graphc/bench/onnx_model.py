@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from graphc import errors
-from graphc.bench.translate import Step, axis_of, constants, needed
+from graphc.bench.translate import Step, axis_of, steps
 from graphc.ir import Graph, Value
 
 OPSET = 20
@@ -23,15 +23,14 @@ def onnx_model(graph: Graph, weights: Mapping[str, np.ndarray]) -> bytes:
     from onnx import TensorProto, checker, helper, numpy_helper
 
     types = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32}
-    arrays = {**weights, **constants(graph)}
-    arrays |= {n.name: n.attrs["value"] for n in graph if n.op == "constant"}
+    arrays = {**weights, **{n.name: n.attrs["value"] for n in graph if n.op == "constant"}}
     nodes, extra = [], []
 
     def integers(name: str, values: Any) -> str:
         extra.append(numpy_helper.from_array(np.array(values, np.int64), name))
         return name
 
-    for step in needed(graph):
+    for step in steps(graph):
         write = _WORDS.get(step.op)
         if write is None:
             raise errors.GraphcError(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from graphc import errors
-from graphc.ir import Graph, Node, Value
+from graphc.ir import SOURCES, Graph, Node, Value
 
 
 @dataclass(frozen=True)
@@ -32,40 +32,41 @@ class Step:
 def steps(graph: Graph) -> list[Step]:
     """The operators of a bound graph in order, with the layers that libraries have one function for.
 
-    `conv2d` and `linear` take their bias, `cross_entropy` the mean over the batch."""
+    `conv2d` and `linear` take their bias, `cross_entropy` the mean over the batch. What only fed
+    such a layer (a transposed weight, a reshaped bias) is no step of its own."""
     taken: set[str] = set()
     found: list[Step] = []
     for node in graph:
-        if node.op in ("input", "parameter", "state", "constant") or node.name in taken:
-            continue
-        step = _layer(graph, node, taken)
-        if step is not None:
-            found.append(step)
-    # A node that became part of a later layer (a transposed weight) is no step of its own.
-    return [s for s in found if s.node.name not in taken or s.output.node is not s.node]
+        if node.op not in SOURCES and node.name not in taken:
+            found.append(_layer(graph, node, taken))
+    read = set(graph.outputs.values())
+    kept = []
+    for step in reversed(found):
+        if step.output in read:
+            kept.append(step)
+            read |= {v for v in step.inputs if v is not None}
+    return kept[::-1]
 
 
 def _layer(graph: Graph, node: Node, taken: set[str]) -> Step:
-    out = node[0]
+    """The step that begins with a node; nodes that it includes are added to `taken`."""
     if node.op in ("conv2d", "matmul"):
-        inputs: list[Value | None] = list(node.inputs)
+        x, weight = node.inputs
         op = node.op
-        if op == "matmul" and _is_transposed_parameter(node.inputs[1]):
-            op, inputs[1] = "linear", node.inputs[1].node.inputs[0]
-            taken.add(node.inputs[1].node.name)
-        if op != "matmul":
-            bias, added = _bias(graph, node)
-            inputs.append(bias)
-            if added is not None:
-                taken.add(added.name)
-                out = added[0]
-        return Step(op, node, tuple(inputs), out)
+        if op == "matmul":
+            if not _is_transposed_parameter(weight):
+                return Step(op, node, (x, weight), node[0])
+            op, weight = "linear", weight.node.inputs[0]
+        bias, added = _bias(graph, node)
+        if added is not None:
+            taken.add(added.name)
+        return Step(op, node, (x, weight, bias), (added or node)[0])
     if node.op == "softmax_cross_entropy":
-        mean = _only_user(graph, out)
+        mean = _only_user(graph, node[0])
         if mean is not None and mean.op == "mean" and mean.types[0].shape == ():
             taken.add(mean.name)
             return Step("cross_entropy", node, node.inputs, mean[0])
-    return Step(node.op, node, node.inputs, out)
+    return Step(node.op, node, node.inputs, node[0])
 
 
 def _only_user(graph: Graph, value: Value) -> Node | None:
@@ -102,11 +103,10 @@ class Writer:
     def __init__(self, library: str, head: str, words: dict[str, Callable[[Step, list[str]], str]]):
         self.library, self.head, self.words = library, head, words
 
-    def source(self, graph: Graph, returns: str) -> str:
-        """The module that defines `forward(p, s, <inputs>)`.
+    def source(self, graph: Graph) -> str:
+        """The module that defines `forward(p, s, <inputs>)`, which returns the graph's only output.
 
-        p: parameters and constants by name; s: states. `returns`: what follows `return`, with {} for
-        the graph's only output."""
+        p: parameters and constants by name; s: states, which training updates in place."""
         names: dict[Value, str] = {}
         for node in graph:
             if node.op == "input":
@@ -117,7 +117,7 @@ class Writer:
                 value = node.attrs["value"]
                 names[node[0]] = repr(value.item()) if value.size == 1 else f"p[{node.name!r}]"
         lines = [self.head, f"def forward(p, s, {', '.join(graph.inputs)}):"]
-        for number, step in enumerate(needed(graph)):
+        for number, step in enumerate(steps(graph)):
             write = self.words.get(step.op)
             if write is None:
                 raise errors.GraphcError(
@@ -128,24 +128,17 @@ class Writer:
             names[step.output] = f"t{number}"
             lines.append(f"    t{number} = {write(step, operands)}  # {step.node.name}")
         (output,) = graph.outputs.values()
-        lines.append(f"    return {returns.format(names[output])}")
+        lines.append(f"    return {names[output]}")
         return "\n".join(lines) + "\n"
 
-    def function(self, graph: Graph, returns: str = "{}") -> Callable:
+    def function(self, graph: Graph) -> Callable:
         """`forward` of `source`, compiled; its lines are known to tracebacks and debuggers."""
-        source = self.source(graph, returns)
+        source = self.source(graph)
         filename = f"<{graph.name} for {self.library}>"
         linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
         scope: dict[str, Any] = {}
         exec(compile(source, filename, "exec"), scope)
         return scope["forward"]
-
-
-def needed(graph: Graph) -> list[Step]:
-    """Steps whose result something reads: a bias's reshape is part of its layer."""
-    found = steps(graph)
-    read = {v for s in found for v in s.inputs if v is not None} | set(graph.outputs.values())
-    return [s for s in found if s.output in read]
 
 
 def constants(graph: Graph) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ construction. Sizes and strides are arguments; only what the register tile needs
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -623,8 +624,11 @@ class _Emitter:
     def _reduce_unrolled(self, expr: Expr, scope: _Scope) -> _Var:
         """A reduction whose loops are register-tile axes: a fold over elements of the tile."""
         body, combine = expr.args[0], expr.attributes["combine"]
-        value = self.emit(body, scope)
         axes = self.axes(expr)
+        factors = known_factor(body) if combine == "sum" else None
+        if factors and axes:
+            return self._linear(expr, *factors, scope)
+        value = self.emit(body, scope)
         all_axes = tuple(n for n in self.tile if n in axes or n in expr.attributes["loops"])
         full = self.spread(value, all_axes, scope)
         groups: list[list[tuple[int, int]]] = [[] for _ in range(math.prod(self._counts(axes)))]
@@ -642,6 +646,27 @@ class _Emitter:
         if not axes:
             result = self._assign(scope, combine, f"{result.name}[0]", ())
         return result
+
+    def _linear(self, expr: Expr, matrix: Expr, other: Expr, scope: _Scope) -> _Var:
+        """A sum over tile axes of products with a constant matrix: its entries are written into the code."""
+        value, axes = self.emit(other, scope), self.axes(expr)
+        access, data = matrix.attributes["access"], matrix.attributes["known"].reshape(-1)
+        rows = []
+        for out in self._digits(axes):
+            row = []
+            for element in self._digits(value.axes):
+                meets = all(element[n] == out[n] for n in value.axes if n in out)
+                place = {**out, **element}
+                at = access.offset + sum(s * place[n] for n, s in access.strides)
+                row.append(float(data[at]) if meets else 0.0)
+            rows.append(tuple(row))
+        name = self.factory("linear", f"v.tile_linear({tuple(rows)})")
+        return self._assign(scope, "sum", f"{name}({value.name})", axes)
+
+    def _digits(self, axes: tuple[str, ...]) -> list[dict[str, int]]:
+        """Tile positions by axis, in the order of a tile's elements."""
+        counts = [range(self.tile[n]) for n in axes]
+        return [dict(zip(axes, digits, strict=True)) for digits in itertools.product(*counts)]
 
     def _clips(self, group: list[Expr], loops: tuple[str, ...], scope: _Scope) -> dict[str, list[tuple[str, str]]]:
         """Turn bounds checks that cannot add to the result into loop limits."""
@@ -666,6 +691,16 @@ class _Emitter:
                 clips.setdefault(loop, []).append((low, high))
                 self.clipped.add((id(expr), number))
         return clips
+
+
+def known_factor(body: Expr) -> tuple[Expr, Expr] | None:
+    """(constant matrix, other factor) of a product in which the compiler knows one operand's contents."""
+    if body.op != "mul":
+        return None
+    for matrix, other in (body.args, body.args[::-1]):
+        if matrix.op == "load" and "known" in matrix.attributes:
+            return matrix, other
+    return None
 
 
 def _lowest(dtype: str) -> float | int:

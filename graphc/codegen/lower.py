@@ -154,7 +154,10 @@ class _Pull:
             node = value.node
             if node.op == "input":
                 access = self.address(self.operands[node.name], value, index)
-                self.memo[key] = Expr("load", (), value.dtype, {"access": access})
+                attributes = {"access": access}
+                if "known" in node.attrs:
+                    attributes["known"] = node.attrs["known"]
+                self.memo[key] = Expr("load", (), value.dtype, attributes)
             elif node.op == "constant":
                 if value.type.size != 1:
                     raise CannotLower(f"{node.describe()}: a constant of {value.type} must be an operand of the region")

@@ -115,6 +115,7 @@ def plan_launches(graph: Graph, kernels: dict[str, Kernel], lanes: int, threads:
     for node in graph:
         if node.op == "fused":
             kernel, count = kernels[node.name], grouped.get(node.name, 0)
-            schedule = choose_schedule(kernel, lanes, threads, _BLOCK if count else None)
+            together = kernel.loops[_BLOCK].extent // count if count else 1
+            schedule = choose_schedule(kernel, lanes, threads, _BLOCK if count else None, together)
             launches.append(Launch(node, kernel, schedule, render(kernel, schedule, lanes), count))
     return launches

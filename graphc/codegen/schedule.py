@@ -10,22 +10,23 @@ from __future__ import annotations
 import itertools
 import math
 
+from graphc.codegen.cpu import known_factor
 from graphc.codegen.kernel import Access, Kernel, Loop, Schedule
 from graphc.expr import Expr
 
 _COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14)
 
 
-def choose_schedule(kernel: Kernel, lanes: int, threads: int, blocks: str | None = None) -> Schedule:
+def choose_schedule(kernel: Kernel, lanes: int, threads: int, blocks: str | None = None, together: int = 1) -> Schedule:
     """The schedule of a kernel whose results already have their layouts. May split loops of the kernel.
 
-    `blocks` names an outermost loop that is shared between threads by itself: the kernel runs block by
-    block within a group."""
+    `blocks` names an outermost loop that is shared between threads by itself: the kernel runs within a
+    group, `together` blocks at a time."""
     keep = {blocks} if blocks else set()
     _collapse(kernel, _bounded(kernel) | keep)
-    fixed = _bounded(kernel) | keep
+    fixed = _bounded(kernel)
     lane = _choose_lane(kernel, lanes, fixed)
-    tile = _choose_tile(kernel, lane, lanes, fixed) if lane or _main_reduction(kernel) else ()
+    tile = _choose_tile(kernel, lane, lanes, fixed, {blocks: together}) if lane or _main_reduction(kernel) else ()
     outer = [n for n in kernel.outer if n != lane]
     counts = dict(tile)
     if blocks:
@@ -177,7 +178,11 @@ def _windows(kernel: Kernel, main: Expr) -> tuple[str, ...]:
     )
 
 
-def _choose_tile(kernel: Kernel, lane: str | None, lanes: int, fixed: set[str]) -> tuple[tuple[str, int], ...]:
+def _choose_tile(
+    kernel: Kernel, lane: str | None, lanes: int, fixed: set[str], limits: dict[str | None, int]
+) -> tuple[tuple[str, int], ...]:
+    """Register tile of the main reduction: at most two outer loops, besides pooling windows. `limits` caps
+    the count of a loop."""
     main = _main_reduction(kernel)
     if main is None or not kernel.trips(kernel.loops):
         return ()
@@ -185,6 +190,9 @@ def _choose_tile(kernel: Kernel, lane: str | None, lanes: int, fixed: set[str]) 
     windows = _windows(kernel, main)
     if any(n in fixed or kernel.loops[n].ragged for n in windows):
         return ()
+    whole = _constant_matrix(kernel, main, lane, fixed)
+    if whole and not windows:
+        return whole
     base = [(n, kernel.loops[n].extent) for n in windows]
     blocks = {loop.block for loop in kernel.loops.values() if loop.ragged}
     candidates = [
@@ -200,7 +208,7 @@ def _choose_tile(kernel: Kernel, lane: str | None, lanes: int, fixed: set[str]) 
             candidates.append(block)
     best, best_cost = tuple(base), math.inf
     for pair in itertools.combinations(candidates, min(2, len(candidates))):
-        for counts in itertools.product(*[_options(kernel, n) for n in pair]):
+        for counts in itertools.product(*[_options(kernel, n, limits) for n in pair]):
             chosen = dict(zip(pair, counts, strict=True))
             if math.prod(counts) * math.prod(c for _, c in base) > 32:
                 continue
@@ -211,8 +219,28 @@ def _choose_tile(kernel: Kernel, lane: str | None, lanes: int, fixed: set[str]) 
     return best
 
 
-def _options(kernel: Kernel, loop: str) -> list[int]:
-    return [c for c in _COUNTS if c <= kernel.loops[loop].extent]
+def _constant_matrix(
+    kernel: Kernel, main: Expr, lane: str | None, fixed: set[str]
+) -> tuple[tuple[str, int], ...] | None:
+    """The tile in which a product with a small constant matrix is a line of code for each of its rows."""
+    factors = known_factor(main.args[0])
+    if factors is None or lane is None:
+        return None
+    rows = [n for n, _ in factors[0].attributes["access"].strides if n in kernel.outer]
+    loops = [n for n in kernel.outer if n in rows] + list(main.attributes["loops"])
+    extents = [kernel.loops[n].extent for n in loops]
+    split = any(n in fixed or n == lane or kernel.loops[n].ragged for n in loops)
+    ragged = {loop.block for loop in kernel.loops.values() if loop.ragged}
+    if not rows or split or ragged & set(loops) or max(extents) > 12:
+        return None
+    # Points that the matrix does not know would be sums of their own: only one of each.
+    others = [n for n in main.attributes["loops"] if not factors[0].attributes["access"].stride(n)]
+    return None if others else tuple(zip(loops, extents, strict=True))
+
+
+def _options(kernel: Kernel, loop: str, limits: dict[str | None, int]) -> list[int]:
+    most = min(kernel.loops[loop].extent, limits.get(loop, max(_COUNTS)))
+    return [c for c in _COUNTS if c <= most and (loop not in limits or most % c == 0)]
 
 
 def _tile_cost(kernel: Kernel, main: Expr, tile, lane: str | None, lanes: int) -> float:

@@ -79,6 +79,7 @@ class Vocabulary(ModuleType):
         self.full = _memoised(simd_tiles.full)
         self.join = _memoised(simd_tiles.join)
         self.tile_fma = _memoised(simd_tiles.tile_fma)
+        self.tile_linear = _memoised(simd_tiles.tile_linear)
         self.tile_combine = _memoised(simd_tiles.tile_combine)
         self.tile_argmax = _memoised(simd_tiles.tile_argmax)
         self.reduce_lanes = _memoised(simd_lanes.reduce_lanes)

@@ -154,6 +154,37 @@ def tile_fma(a_index: tuple[int, ...], b_index: tuple[int, ...]):
     return named_intrinsic("tile_fma", "acc a b", typing)
 
 
+def tile_linear(rows: tuple[tuple[float, ...], ...]):
+    """f(tile) -> the product of a constant matrix with a tile, row by row; zeros cost nothing."""
+
+    def typing(tile):
+        operand = _tile(tile, "tile_linear", len(rows[0]))
+
+        def codegen(context, builder, signature, values):
+            parts = element_values(builder, values[0], operand)
+            sums: list[Value | None] = [None] * len(rows)
+            # One element of the tile at a time: the sums stay in registers.
+            for column, part in enumerate(parts):
+                for row, coefficients in enumerate(rows):
+                    factor = coefficients[column]
+                    if factor == 0:
+                        continue
+                    before = sums[row]
+                    if abs(factor) == 1:
+                        signed = part if factor > 0 else -part
+                        sums[row] = signed if before is None else (before + part if factor > 0 else before - part)
+                    else:
+                        constant = Value(part.emitter, part.emitter.value(factor).ll)
+                        sums[row] = constant * part if before is None else fma(constant, part, before)
+            zero = parts[0].emitter.value(0.0).ll
+            results = [zero if s is None else s.ll for s in sums]
+            return make_tile(context, builder, operand.dtype, operand.lanes, results)
+
+        return tile_type(operand.dtype, operand.lanes, len(rows))(tile), codegen
+
+    return named_intrinsic("tile_linear", "tile", typing)
+
+
 def _fold_pairs(values: list[Value], combine) -> Value:
     """Balanced fold in a fixed order: ((0 1) (2 3)) ..., short chains of dependent operations."""
     while len(values) > 1:

@@ -16,9 +16,9 @@ ROW_BYTES: Final = 32
 
 BARRIER: Final = 1  # all threads finish this row before any of them starts the next
 ALONE: Final = 2  # thread 0 runs the row by itself, as kernel(arguments, 0, 1)
-# The first row of a group says in its flags, shifted by GROUP_SHIFT, how many rows the group has: each
-# thread runs all of them on one block of its share of ROW_BLOCKS, as kernel(arguments, block, blocks), then
-# on the next. The last row's BARRIER ends the group.
+# The first row of a group says in its flags, shifted by GROUP_SHIFT, how many rows the group has:
+# each thread runs all of them on one block of its share of ROW_BLOCKS, as kernel(arguments, block,
+# blocks), then on the next. The last row's BARRIER ends the group.
 GROUP_SHIFT: Final = 8
 
 # A request: what one call of the driver is asked to do. Thread 0's also describes the program that

@@ -158,7 +158,8 @@ class _Box:
             + [text_width(t, _SMALL) + 14 for t in self.inner]
         )
         rows = 1 + len(self.details) + len(self.notes)
-        height = rows * _LINE + len(self.inner) * (_LINE + 4) + 2 * _PAD - 4
+        inner = len(self.inner) * (_LINE + 4) + (4 if self.inner else 0)
+        height = rows * _LINE + inner + 2 * _PAD - 4
         return width + 2 * _PAD, height
 
     def shapes(self, x: float, y: float) -> Iterator[Rectangle | Text]:
@@ -178,6 +179,7 @@ class _Box:
             row += _LINE + 4
             yield Rectangle(left, row - 11, width - 2 * _PAD, _LINE + 1, "#ffffff", stroke, 3.0)
             yield Text(left + 6, row, line, _SMALL)
+        row += 4 if self.inner else 0
         for line in self.details:
             row += _LINE
             yield Text(left, row, line, _BODY, "#33414d")

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 Key = Hashable
 Point = tuple[float, float]
 
-_SWEEPS = 16
+_ORDER_SWEEPS = 12
+_PLACE_SWEEPS = 48
 
 
 @dataclass
@@ -119,7 +120,7 @@ def _order(
 ) -> list[list[Key]]:
     """Barycentre sweeps down and up; the order with the fewest crossings is kept."""
     best, fewest = layers, _crossings(layers, below)
-    for sweep in range(_SWEEPS):
+    for sweep in range(_ORDER_SWEEPS):
         if fewest == 0:
             break
         down = sweep % 2 == 0
@@ -180,10 +181,10 @@ def _centres(
     for layer in layers:
         centre.update(zip(layer, _place([0.0] * len(layer), layer, width, gap), strict=True))
     both = {key: above[key] + below[key] for key in above}
-    for sweep in range(_SWEEPS):
-        # The later sweeps look both ways, which straightens long edges.
+    for sweep in range(_PLACE_SWEEPS):
+        # The later sweeps look both ways, which straightens long edges and chains.
         down = sweep % 2 == 0
-        neighbours = both if sweep >= _SWEEPS // 2 else above if down else below
+        neighbours = both if sweep >= 8 else above if down else below
         for layer in layers if down else reversed(layers):
             wish = [_mean([centre[n] for n in neighbours[key]], centre[key]) for key in layer]
             centre.update(zip(layer, _place(wish, layer, width, gap), strict=True))

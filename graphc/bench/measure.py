@@ -1,0 +1,137 @@
+"""A peer's own process: `python -m graphc.bench.measure`, started by `graphc.bench.rounds`.
+
+Reads commands, one JSON line each, from its standard input and answers with one line each. Between
+commands it is blocked on the pipe, so that only the process that was asked runs:
+
+    {"do": "build"}              -> {"setup": seconds, "variant": ..., "check": [...], "iteration": seconds}
+    {"do": "burst", "calls": k}  -> {"median": seconds, "best": seconds}
+    {"do": "memory"}             -> {"peak": bytes, "imported": bytes}
+    {"do": "machine"}            -> the fields of `graphc.bench.machine.Machine`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from typing import Any
+
+CHECKED = 3  # steps whose results are reported
+VARIANT_SECONDS = 0.3  # for each of several variants, to find the fastest
+
+
+def main(arguments: list[str]) -> None:
+    """`measure PEER MODEL BATCH MODE THREADS`."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what a library prints is no answer
+    peer_name, model, batch, mode, threads = arguments
+    _take_cores(int(threads))
+    worker = Worker(peer_name, model, int(batch), mode, int(threads))
+    for line in sys.stdin:
+        command = json.loads(line)
+        try:
+            answer = getattr(worker, f"do_{command.pop('do')}")(**command)
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"}
+            if os.environ.get("GRAPHC_LOG"):
+                raise
+        answers.write(json.dumps(answer) + "\n")
+
+
+def _take_cores(threads: int) -> None:
+    """Give the process as many cores as threads: libraries that count cores then start as many."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+
+
+class Worker:
+    """Answers the commands of one process."""
+
+    def __init__(self, peer: str, model: str, batch: int, mode: str, threads: int):
+        from graphc.bench.models import Work
+        from graphc.bench.peers import PEERS
+
+        self.work = Work(model, batch, mode, threads)
+        self.peer = PEERS[peer]
+        self.imported = 0
+
+    def do_build(self) -> dict[str, Any]:
+        """Import the library, then make the step and run it once: that is `setup`. With several
+        variants the fastest stays, checked and timed afresh."""
+        self.peer.load(self.work.threads)
+        candidates = self.peer.candidates(self.work)
+        self.imported = peak_memory()
+        start = time.perf_counter()
+        step = candidates[0][1]()
+        first = step()
+        setup = time.perf_counter() - start
+        chosen, check = candidates[0][0], [first, *(step() for _ in range(CHECKED - 1))]
+        best = self._iteration(step)
+        for variant, make in candidates[1:]:
+            other = make()
+            results = [other() for _ in range(CHECKED)]
+            seconds = self._iteration(other)
+            if seconds < best:
+                chosen, step, check, best = variant, other, results, seconds
+        self.step = step
+        numbers = [_number(c) for c in check]
+        return {"setup": setup, "variant": chosen, "check": numbers, "iteration": best}
+
+    def _iteration(self, step: Any) -> float:
+        """Seconds of a call, the median over a short while."""
+        taken: list[float] = []
+        while not taken or (sum(taken) < VARIANT_SECONDS and len(taken) < 1000):
+            taken.append(_timed(step))
+        return statistics.median(taken)
+
+    def do_burst(self, calls: int) -> dict[str, float]:
+        """Time `calls` calls, after one or two that wake threads and caches up."""
+        for _ in range(2 if calls > 2 else 1):
+            self.step()
+        taken = [_timed(self.step) for _ in range(calls)]
+        return {"median": statistics.median(taken), "best": min(taken)}
+
+    def do_memory(self) -> dict[str, int]:
+        return {"peak": peak_memory(), "imported": self.imported}
+
+    def do_machine(self) -> dict[str, Any]:
+        from dataclasses import asdict
+
+        from graphc.bench.machine import measure_machine
+
+        return asdict(measure_machine(self.work.threads))
+
+
+def _timed(step: Any) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def _number(result: Any) -> list[float]:
+    """A result as a few numbers to compare peers by: a loss, or the first image's logits."""
+    import numpy as np
+
+    return [float(x) for x in np.atleast_1d(np.asarray(result, np.float64))[:1].ravel()[:16]]
+
+
+def peak_memory() -> int:
+    """Bytes of the largest resident set this process has had.
+
+    Linux's ru_maxrss starts with what the parent had when it forked; VmHWM does not."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
