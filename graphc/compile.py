@@ -19,6 +19,7 @@ from passes.base import Observer, PassRecord, Pipeline
 from passes.choose_convolutions import ChooseConvolutions
 from passes.explicit_padding import ExplicitPadding
 from passes.fuse import Fuse
+from passes.hoist_parameters import HoistParameters
 from passes.parallelize import Parallelize
 from passes.pipeline import BACKWARD, FORWARD
 from passes.plan_memory import PlanMemory
@@ -114,6 +115,7 @@ def memory_pipeline(threads: int, check: bool = False) -> Pipeline:
 
     return Pipeline(
         (
+            HoistParameters(),
             Schedule(updates_in_place=True),
             Parallelize(cpu_target.blocks, threads),
             PlanMemory(updates_in_place=not check, reuse=not check),

@@ -82,7 +82,7 @@ def storages(
     owner: dict[Value, Storage] = {}
     result: list[Storage] = []
     for position, node in enumerate(nodes):
-        if node.op in SOURCES or is_view(node):
+        if node.op in SOURCES or is_view(node) or "prepared" in node.attrs:
             continue
         for value in node.outputs:
             if value in elsewhere:

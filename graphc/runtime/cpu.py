@@ -11,13 +11,12 @@ from graphc import errors
 from graphc.codegen.program import Launch
 from graphc.interpreter import interpret
 from graphc.ir import SOURCES, Graph, Node, Value
-from graphc.runtime.arena import Arena, aligned_zeros
-from graphc.runtime.driver import launch_table
+from graphc.runtime.arena import Arena
 from graphc.runtime.executable import Executable
 from graphc.runtime.inputs import checked_array, missing_input, unknown_input
 from graphc.runtime.layout import read_layout, write_layout
 from graphc.runtime.linker import KernelSource, load_kernels
-from graphc.runtime.synchronise import row_flags
+from graphc.runtime.table import LaunchTable, root
 from graphc.runtime.team import get_team
 
 _ALIGN = 64
@@ -46,39 +45,35 @@ class CpuExecutable(Executable):
         self.plan = graph.annotations["memory"]
         self._place_sources()
         self._arena = Arena(max(_ALIGN, self.plan.arena_bytes))
-        self._build_table(progress)
+        self._build_tables(progress)
         self._prepare_inputs()
         self._initialise()
 
     # ---- memory
 
     def _place_sources(self) -> None:
-        offset, self._source_offset = 0, {}
+        offset = 0
+        self._source_offset: dict[Value, int] = {}
         for node in self.graph:
-            if node.op in SOURCES:
-                self._source_offset[node.name] = offset
-                shape = node.layouts[0].physical_shape(node.types[0].shape)
-                size = int(np.prod(shape, dtype=np.int64)) * node.types[0].itemsize
-                offset += -(-size // _ALIGN) * _ALIGN
+            if node.op in SOURCES or "prepared" in node.attrs:
+                for value in node.outputs:
+                    self._source_offset[value] = offset
+                    shape = value.layout.physical_shape(value.shape)
+                    size = int(np.prod(shape, dtype=np.int64)) * value.type.itemsize
+                    offset += -(-size // _ALIGN) * _ALIGN
         self._sources = Arena(max(_ALIGN, offset))
         self._in_place = set(self.plan.in_place_updates)
-        updated = {self.graph.updates[n]: n for n in self._in_place}
-        self._owner: dict[Value, str] = updated
+        # Where an update is computed straight into the parameter it updates.
+        self._owner = {self.graph.updates[n]: self.graph.node(n)[0] for n in self._in_place}
         for node in self.graph:
             if node.op == "constant":
                 write_layout(self._view(node[0]), node.attrs["value"], node.layouts[0])
 
-    def _root(self, value: Value) -> Value:
-        while value.node.op == "reshape":
-            value = value.node.inputs[0]
-        return value
-
     def _locate(self, value: Value) -> tuple[Arena, int]:
-        value = self._root(value)
-        if value in self._owner:
-            return self._sources, self._source_offset[self._owner[value]]
-        if value.node.op in SOURCES:
-            return self._sources, self._source_offset[value.node.name]
+        value = root(value)
+        value = self._owner.get(value, value)
+        if value in self._source_offset:
+            return self._sources, self._source_offset[value]
         return self._arena, self.plan.offset(value)
 
     def _address(self, value: Value) -> int:
@@ -87,12 +82,12 @@ class CpuExecutable(Executable):
 
     def _memory_range(self, value: Value) -> tuple[int, int]:
         """First and last byte of a value's memory; inputs are memory that no kernel writes."""
-        root = self._root(value)
-        if root.node.op == "input":
+        owner = root(value)
+        if owner.node.op == "input":
             return (0, 0)
-        shape = root.layout.physical_shape(root.shape)
-        first = self._address(root)
-        return first, first + int(np.prod(shape, dtype=np.int64)) * root.type.itemsize
+        shape = owner.layout.physical_shape(owner.shape)
+        first = self._address(owner)
+        return first, first + int(np.prod(shape, dtype=np.int64)) * owner.type.itemsize
 
     def _view(self, value: Value) -> np.ndarray:
         arena, offset = self._locate(value)
@@ -100,41 +95,36 @@ class CpuExecutable(Executable):
 
     # ---- program
 
-    def _build_table(self, progress: Progress | None) -> None:
+    def _build_tables(self, progress: Progress | None) -> None:
+        """Compile or fetch every kernel, and lay out two programs: what runs when parameters change, and
+        what runs at every call."""
         rows = [launch for launch in self.launches if any(v.type.size for v in launch.node.outputs)]
-        sources = [KernelSource("kernel", launch.call.source) for launch in rows]
-        loaded = load_kernels(sources, progress=progress)
-        total = sum(launch.call.buffers + len(launch.call.numbers) for launch in rows)
-        self._arguments = aligned_zeros(max(8, 8 * total)).view(np.int64)
-        base = self._arguments.ctypes.data
-        position, table = 0, []
-        patches: dict[str, list[int]] = {}
-        for launch, address in zip(rows, loaded.addresses, strict=True):
-            values = [*launch.node.inputs, *launch.node.outputs]
-            for slot, value in enumerate(values):
-                self._arguments[position + slot] = self._address(value)
-                root = self._root(value)
-                if root.node.op == "input":
-                    patches.setdefault(root.node.name, []).append(position + slot)
-            end = position + len(values)
-            self._arguments[end : end + len(launch.call.numbers)] = launch.call.numbers
-            table.append((address, base + 8 * position, 0, launch.blocks))
-            position = end + len(launch.call.numbers)
-        flags = row_flags(rows, self._memory_range)
-        self._table = launch_table((*row[:2], flag, row[3]) for row, flag in zip(table, flags, strict=True))
-        self._patches = {name: np.array(slots) for name, slots in patches.items()}
+        loaded = load_kernels([KernelSource("kernel", launch.call.source) for launch in rows], progress=progress)
         self.kernel_paths = dict(zip([launch.node.name for launch in rows], loaded.paths, strict=True))
         self.compiled_kernels = loaded.compiled
         self._team = get_team(self.threads)
-        self._program = self._team.program(self._table.ctypes.data, len(table)) if table else None
-        self._outputs = [
-            (name, self._view(v), v.layout.lane_axis is None) for name, v in self.graph.outputs.items()
-        ]
+        pairs = list(zip(rows, loaded.addresses, strict=True))
+        once = [pair for pair in pairs if "prepared" in pair[0].node.attrs]
+        self._once = LaunchTable(once, self._address, self._memory_range, self._team)
+        self._every = LaunchTable(
+            [pair for pair in pairs if "prepared" not in pair[0].node.attrs],
+            self._address,
+            self._memory_range,
+            self._team,
+        )
+        self._stale = True
+        self._outputs = [(name, self._view(v), v.layout.lane_axis is None) for name, v in self.graph.outputs.items()]
         self._copied = [
             (self._view(self.graph.node(n)[0]), self._view(v))
             for n, v in self.graph.updates.items()
             if n not in self._in_place
         ]
+
+    def _execute(self) -> None:
+        if self._stale:
+            self._once.run()
+            self._stale = False
+        self._every.run()
 
     def _prepare_inputs(self) -> None:
         """What a call does for each input: (name, shape, dtype, default, memory to copy to, slots to patch).
@@ -146,9 +136,9 @@ class CpuExecutable(Executable):
             shape, dtype = node.types[0].shape, np.dtype(node.types[0].dtype)
             default = node.attrs.get("default")
             default = None if default is None else np.asarray(default, dtype)
-            copied = node.types[0].nbytes <= _COPY_BYTES or name not in self._patches or self.check
+            copied = node.types[0].nbytes <= _COPY_BYTES or name not in self._every.patches or self.check
             staging = self._view(node[0]).reshape(shape) if copied else None
-            self._calls.append((name, node, shape, dtype, default, staging, self._patches.get(name)))
+            self._calls.append((name, node, shape, dtype, default, staging, self._every.patches.get(name)))
 
     def run(self, inputs: Mapping[str, Any], out: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
         keep = []
@@ -169,15 +159,14 @@ class CpuExecutable(Executable):
                         array = checked_array(node, array)
                 if staging is None:
                     keep.append(array)
-                    self._arguments[slots] = array.ctypes.data
+                    self._every.arguments[slots] = array.ctypes.data
                 else:
                     staging[...] = array
             if given != len(inputs):
                 raise unknown_input(next(n for n in inputs if n not in self.inputs), list(self.inputs))
             if self.check:
                 return self._run_checked(out)
-            if self._program is not None:
-                self._program.run()
+            self._execute()
             return self._results(out)
 
     def _results(self, out: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
@@ -200,14 +189,14 @@ class CpuExecutable(Executable):
         The plan of a checked executable never reuses memory, so everything can still be looked at."""
         before = {n.name: self._logical(n[0]) for n in self.graph if n.op in SOURCES}
         self._arena.poison()
-        if self._program is not None:
-            self._program.run()
+        self._stale = True
+        self._execute()
         for launch in self.launches:
             node = launch.node
             named = {}
             for i, value in enumerate(node.inputs):
-                root = self._root(value)
-                source = before[root.node.name] if root.node.op in SOURCES else self._logical(root)
+                owner = root(value)
+                source = before[owner.node.name] if owner.node.op in SOURCES else self._logical(owner)
                 named[f"operand{i}"] = source.reshape(value.shape)
             expected = interpret(node.attrs["body"], named).outputs
             for i, value in enumerate(node.outputs):
@@ -229,6 +218,7 @@ class CpuExecutable(Executable):
     def _write(self, name: str, array: np.ndarray) -> None:
         node = self.state_nodes[name]
         write_layout(self._view(node[0]), array, node.layouts[0])
+        self._stale = True
 
     def poison(self) -> None:
         """Fill the activation arena with NaN: tests prove that no kernel reads what none has written."""

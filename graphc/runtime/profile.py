@@ -186,7 +186,7 @@ def profile(executable: CpuExecutable, inputs: Mapping[str, Any], runs: int) -> 
 
     if runs < 1:
         raise errors.GraphcError(f"profile: runs={runs}: at least one run is needed")
-    rows = launched(executable)
+    rows = executable._every.launches
     if not rows:
         raise errors.GraphcError(
             f"profile: graph {executable.graph.name!r} has no kernels to time: its outputs are "
@@ -196,8 +196,7 @@ def profile(executable: CpuExecutable, inputs: Mapping[str, Any], runs: int) -> 
     # Arrays of the right type, kept alive: the launch table points at the large ones.
     arrays = executable._checked(inputs)
     team = executable._team
-    stamps = np.zeros((executable.threads, len(rows), 2), np.int64)
-    taken = np.zeros((runs, *stamps.shape), np.int64)
+    taken = np.zeros((runs, executable.threads, len(rows), 2), np.int64)
     calls = []
     with executable._lock:
         before = executable.state(optimizer=True)
@@ -206,10 +205,8 @@ def profile(executable: CpuExecutable, inputs: Mapping[str, Any], runs: int) -> 
                 start = time.perf_counter()
                 executable.run(arrays)
                 calls.append(time.perf_counter() - start)
-            program = team.program(executable._table.ctypes.data, len(rows), stamps.ctypes.data)
             for run in range(runs):
-                program.run()
-                taken[run] = stamps
+                taken[run] = executable._every.run_timed()
         finally:
             executable.load_state(before, strict=False)
     seconds = taken / team._driver.ticks_per_second(at_least=0.05)

@@ -14,7 +14,7 @@ Key = Hashable
 Point = tuple[float, float]
 
 _ORDER_SWEEPS = 12
-_PLACE_SWEEPS = 48
+_PLACE_SWEEPS = 12
 
 
 @dataclass
@@ -180,13 +180,13 @@ def _centres(
     centre: dict[Key, float] = {}
     for layer in layers:
         centre.update(zip(layer, _place([0.0] * len(layer), layer, width, gap), strict=True))
-    both = {key: above[key] + below[key] for key in above}
     for sweep in range(_PLACE_SWEEPS):
-        # The later sweeps look both ways, which straightens long edges and chains.
-        down = sweep % 2 == 0
-        neighbours = both if sweep >= 8 else above if down else below
+        # Ends downwards: where boxes follow each other one by one, the line is straight.
+        down = sweep % 2 == 1 or sweep == _PLACE_SWEEPS - 2
         for layer in layers if down else reversed(layers):
-            wish = [_mean([centre[n] for n in neighbours[key]], centre[key]) for key in layer]
+            first, second = (above, below) if down else (below, above)
+            ends = [first[key] or second[key] or [key] for key in layer]
+            wish = [_mean([centre[end] for end in those], 0.0) for those in ends]
             centre.update(zip(layer, _place(wish, layer, width, gap), strict=True))
     return centre
 

@@ -1,0 +1,105 @@
+"""The launch table of a program: one row a kernel, its arguments, and where threads wait for each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from graphc.codegen.program import Launch
+from graphc.ir import Value
+from graphc.runtime.arena import aligned_zeros
+from graphc.runtime.driver import ALONE, BARRIER, GROUP_SHIFT, launch_table
+from graphc.runtime.team import Team
+
+Range = tuple[int, int]
+
+
+class LaunchTable:
+    """Kernels in order with absolute addresses as arguments, ready to run.
+
+    `patches` gives, by name of an input, the places in `arguments` that hold its address."""
+
+    def __init__(
+        self,
+        rows: Sequence[tuple[Launch, int]],
+        address: Callable[[Value], int],
+        memory: Callable[[Value], Range],
+        team: Team,
+    ):
+        self.launches = [launch for launch, _ in rows]
+        total = sum(launch.call.buffers + len(launch.call.numbers) for launch in self.launches)
+        self.arguments = aligned_zeros(8 * max(1, total)).view(np.int64)
+        base, position, table = self.arguments.ctypes.data, 0, []
+        patches: dict[str, list[int]] = {}
+        flags = row_flags(self.launches, memory)
+        for (launch, function), flag in zip(rows, flags, strict=True):
+            table.append((function, base + 8 * position, flag, launch.blocks))
+            for value in (*launch.node.inputs, *launch.node.outputs):
+                self.arguments[position] = address(value)
+                source = root(value)
+                if source.node.op == "input":
+                    patches.setdefault(source.node.name, []).append(position)
+                position += 1
+            end = position + len(launch.call.numbers)
+            self.arguments[position:end] = launch.call.numbers
+            position = end
+        self.patches = {name: np.array(slots) for name, slots in patches.items()}
+        self.rows = launch_table(table)
+        self.team = team
+        self._program = team.program(self.rows.ctypes.data, len(table)) if table else None
+
+    def run(self) -> None:
+        if self._program is not None:
+            self._program.run()
+
+    def run_timed(self) -> np.ndarray:
+        """Run once; int64[threads, rows, 2]: begin and end of every row in ticks."""
+        stamps = np.zeros((self.team.threads, len(self.rows), 2), np.int64)
+        if len(self.rows):
+            self.team.program(self.rows.ctypes.data, len(self.rows), stamps.ctypes.data).run()
+        return stamps
+
+
+def root(value: Value) -> Value:
+    """The value whose memory `value` is, looking through reshapes."""
+    while value.node.op == "reshape":
+        value = value.node.inputs[0]
+    return value
+
+
+def row_flags(launches: Sequence[Launch], memory: Callable[[Value], Range]) -> list[int]:
+    """Flags by row: who runs it, the length of a group at its first row, and a barrier after a row only
+    where a later row touches memory that this or an earlier one since the last barrier has touched, at
+    least one of the two writing it."""
+    flags = [ALONE if launch.schedule.parallel == 0 else 0 for launch in launches]
+    units = _units(launches)
+    reads: list[Range] = []
+    writes: list[Range] = []
+    for number, unit in enumerate(units):
+        if unit[1] - unit[0] > 1:
+            flags[unit[0]] |= (unit[1] - unit[0]) << GROUP_SHIFT
+        rows = launches[unit[0] : unit[1]]
+        new_reads = [memory(v) for launch in rows for v in launch.node.inputs]
+        new_writes = [memory(v) for launch in rows for v in launch.node.outputs]
+        if _meet(new_reads, writes) or _meet(new_writes, writes) or _meet(new_writes, reads):
+            flags[units[number - 1][1] - 1] |= BARRIER
+            reads, writes = [], []
+        reads += new_reads
+        writes += new_writes
+    return flags
+
+
+def _units(launches: Sequence[Launch]) -> list[tuple[int, int]]:
+    """Half-open ranges of rows: groups, and rows by themselves."""
+    units: list[tuple[int, int]] = []
+    for row, launch in enumerate(launches):
+        if row and launch.blocks and launches[row - 1].blocks == launch.blocks:
+            units[-1] = (units[-1][0], row + 1)
+        else:
+            units.append((row, row + 1))
+    return units
+
+
+def _meet(a: list[Range], b: list[Range]) -> bool:
+    return any(low < high2 and low2 < high for low, high in a for low2, high2 in b)
