@@ -11,7 +11,6 @@ from graphc import errors, zoo
 from graphc.init import materialise
 from graphc.ir import Graph, Node, Value
 from graphc.optim import SGD
-from graphc.runtime.work import contraction_flops
 
 # One training step of every library: SGD with momentum, as in torch.optim.
 LEARNING_RATE = 0.01
@@ -103,6 +102,7 @@ class Work:
     def flops(self) -> int:
         """Operations of the convolutions and products of one call, counted as direct ones."""
         from graphc.compile import transform
+        from graphc.runtime.work import contraction_flops
 
         training = self.mode == TRAIN
         joint, _ = transform(

@@ -389,6 +389,10 @@ class _Emitter:
             suffix = "" if kind == "vector" else f"_{kind}".replace("_vector_tail", "_tail")
             name = self.factory(f"load{suffix}", f"v.load{suffix}")
             return self._assign(scope, pointer, f"{name}({', '.join([pointer, address, *extra])})", ())
+        if self._ends_within(kind, axes):
+            name = self.factory("load_tail", "v.load_tail")
+            parts = [f"{name}({pointer}, {at}, {n})" for at, n in self._tails(access, axes, address, extra[-1])]
+            return self._assign(scope, pointer, f"({', '.join(parts)},)", axes)
         counts = self._counts(axes)
         label = "x".join(map(str, counts))
         name = self.factory(f"load_{kind}_{label}", f'v.load_tile({counts}, "{kind}", fixed={fixed})')
@@ -410,9 +414,29 @@ class _Emitter:
         if not value.axes:
             name = self.factory(f"full_{math.prod(counts)}", f"v.full({math.prod(counts)})")
             full = f"{name}({full})"
+        if self._ends_within(kind, axes):
+            name = self.factory("store_tail", "v.store_tail")
+            whole = self._assign(scope, "whole", full, axes).name
+            for number, (at, n) in enumerate(self._tails(access, axes, address, extra[-1])):
+                scope.add(f"{name}({pointer}, {at}, {whole}[{number}], {n})")
+            return
         label = "x".join(map(str, counts))
         name = self.factory(f"store_{kind}_{label}", f'v.store_tile({counts}, "{kind}", fixed={fixed})')
         scope.add(f"{name}({', '.join([pointer, address, strides, full, *extra])})")
+
+    def _ends_within(self, kind: str, axes: tuple[str, ...]) -> bool:
+        """Whether the vectors of one tile have tails of different lengths."""
+        return kind == "vector_tail" and self.kernel.loops[self.lane].block in axes
+
+    def _tails(self, access: Access, axes: tuple[str, ...], address: str, tail: str) -> list[tuple[str, str]]:
+        """Address and number of elements of each vector of a tile that runs over the ragged end."""
+        block = self.kernel.loops[self.lane].block
+        result = []
+        for digits in self._digits(axes):
+            steps = [f" + {d} * {self.stride(access, n)}" for n, d in digits.items() if d]
+            used = digits[block] * self.lanes
+            result.append((address + "".join(steps), f"{tail} - {used}" if used else tail))
+        return result
 
     # ---- positions and bounds
 

@@ -200,11 +200,12 @@ def _choose_tile(
         for n in kernel.outer
         if n not in (lane, *fixed, *blocks) and not kernel.loops[n].ragged and kernel.loops[n].extent > 1 and n in used
     ]
-    # Ragged lanes of a padded layout need no tail, so their block loop may be unrolled.
+    # Blocks of ragged lanes may be unrolled where the inner loop reads a padded layout and needs no tails.
     if lane and kernel.loops[lane].ragged and kernel.loops[lane].block in kernel.outer:
         block = kernel.loops[lane].block
-        accesses = [e.attributes["access"] for e in loads(kernel)] + [s.access for s in kernel.stores]
-        if all(a.padded == lane for a in accesses if a.stride(lane)) and kernel.loops[block].extent > 1:
+        accesses = [a for f in _factors(main) for a in _operand(kernel, f)]
+        straight = all(a.stride(lane) == 1 for a in _lane_accesses(kernel, lane))
+        if straight and all(a.padded == lane for a in accesses if a.stride(lane)) and kernel.loops[block].extent > 1:
             candidates.append(block)
     best, best_cost = tuple(base), math.inf
     for pair in itertools.combinations(candidates, min(2, len(candidates))):
@@ -217,6 +218,11 @@ def _choose_tile(
             if cost < best_cost - 1e-9:
                 best, best_cost = tuple(tile), cost
     return best
+
+
+def _lane_accesses(kernel: Kernel, lane: str) -> list[Access]:
+    accesses = [e.attributes["access"] for e in loads(kernel)] + [s.access for s in kernel.stores]
+    return [a for a in accesses if a.stride(lane)]
 
 
 def _constant_matrix(
