@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from graphc.ir import SOURCES, Graph, Node
 from passes.base import Pass, note
+from passes.liveness import storage_bytes
 from passes.schedule import edges, reordered
 
 # A group must be worth its simultaneous lifetimes.
@@ -26,18 +27,21 @@ class Parallelize(Pass):
 
     blocks: Callable[[Node], int | None]
     threads: int = 1
+    cache_bytes: int = 600_000  # a little more than a core's own cache: not all of a group is live at once
 
     def run(self, graph: Graph) -> Graph:
-        counts = {n.name: self._shares(self.blocks(n)) for n in graph if n.op == "fused"}
+        counts = {n.name: self.blocks(n) for n in graph if n.op == "fused"}
         new = reordered(graph, _order(graph, counts))
-        new.annotations["groups"] = _groups(new, counts)
+        new.annotations["groups"] = tuple((self._shares(new, *group), group[1]) for group in _groups(new, counts))
         note(new, f"{sum(len(names) for _, names in new.annotations['groups'])} kernels run block by block")
         return new
 
-    def _shares(self, blocks: int | None) -> int | None:
-        """Two blocks at a time where every thread still gets as many: a register tile over both reads each
-        weight once."""
-        return blocks // 2 if blocks and blocks % (2 * self.threads) == 0 else blocks
+    def _shares(self, graph: Graph, blocks: int, names: tuple[str, ...]) -> int:
+        """Into how many shares a group is cut. Two blocks a share let a register tile read each weight once
+        for both; they pay where their values stay in the cache and every thread still gets as many."""
+        total = sum(storage_bytes(v) for name in names for v in graph.node(name).outputs)
+        fits = 2 * total // blocks <= self.cache_bytes
+        return blocks // 2 if fits and blocks % (2 * self.threads) == 0 else blocks
 
 
 def _order(graph: Graph, counts: dict[str, int | None]) -> list[Node]:

@@ -97,9 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="few, short rounds: rough figures")
     parser.add_argument("--out", default=Options.out, help="folder for JSON, CSV and pictures")
     given = parser.parse_args(arguments)
-    options = Options(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in vars(given).items()}
-    )
+    options = Options(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(given).items()})
     try:
         report = run(options, _say())
     except errors.GraphcError as error:

@@ -136,7 +136,9 @@ def measure_machine(threads: int) -> Machine:
     data += 0  # touch every page: untouched ones all show the same page of zeros
     for nbytes in (*(threads * n for n in _PRIVATE), *_SHARED):
         each = max(1, nbytes // (4 * block * threads))
-        seconds = _best(addresses[1], threads, lambda n, each=each: (data, out, each, n), nbytes in _SHARED)
+        seconds = _best(
+            addresses[1], threads, lambda n, each=each: (data, out, each, n), nbytes in _SHARED
+        )
         levels.append((nbytes, 4.0 * block * each * threads / seconds * 1e-9))
     name = cpu_name()
     return Machine(name, available_cores(), threads, lanes, gflops, tuple(levels))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import statistics
 import sys
 import time
@@ -35,7 +34,9 @@ def main(arguments: list[str]) -> None:
         try:
             answer = getattr(worker, f"do_{command.pop('do')}")(**command)
         except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"}
+            answer = {
+                "error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+            }
             if os.environ.get("GRAPHC_LOG"):
                 raise
         answers.write(json.dumps(answer) + "\n")
@@ -129,6 +130,10 @@ def peak_memory() -> int:
                     return int(line.split()[1]) << 10
     except OSError:
         pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak << 10
 

@@ -42,7 +42,9 @@ def onnx_model(graph: Graph, weights: Mapping[str, np.ndarray]) -> bytes:
             item if isinstance(item, str) else integers(f"{step.node.name}.{number}", item)
             for number, item in enumerate(operands)
         ]
-        nodes.append(helper.make_node(op, names, [_name(step.output)], step.node.name, **attributes))
+        nodes.append(
+            helper.make_node(op, names, [_name(step.output)], step.node.name, **attributes)
+        )
     used = {name for node in nodes for name in node.input}
     stored = [numpy_helper.from_array(np.asarray(a), n) for n, a in arrays.items() if n in used]
 

@@ -17,7 +17,25 @@ from graphc.bench.peers import PEERS
 from graphc.bench.rounds import OURS, Row
 from graphc.serialize import write_atomically
 
-COLUMNS = ("peer", "ms", "middle half", "best", "ratio", "GFLOP/s", "of peak", "cold s", "warm s", "MB")
+COLUMNS = (
+    "peer",
+    "ms",
+    "middle half",
+    "best",
+    "ratio",
+    "GFLOP/s",
+    "of peak",
+    "cold s",
+    "warm s",
+    "MB",
+)
+_WIDE = 150
+_SPARED = (
+    "middle half",
+    "best",
+    "GFLOP/s",
+    "warm s",
+)  # columns that a narrow terminal does without
 _COLOURS = {
     "graphc": "#d95f02",
     "pytorch": "#e7298a",
@@ -62,7 +80,9 @@ class Report:
                 f"{'s' if threads > 1 else ''}: {m['gflops']:.0f} GFLOP/s, memory {m['read'][-1][1]:.0f} GB/s"
             )
         versions = ", ".join(f"{PEERS[n].title} {v}" for n, v in self.versions.items())
-        lines.append(f"{self.date}, Python {platform.python_version()}, {platform.system()}: {versions}")
+        lines.append(
+            f"{self.date}, Python {platform.python_version()}, {platform.system()}: {versions}"
+        )
         lines += [f"absent: {PEERS[n].title} ({why})" for n, why in self.absent.items()]
         return lines
 
@@ -84,14 +104,20 @@ class Report:
             print(self.text())
             return
         console = Console()
+        if not console.is_terminal:  # a file or a pipe has no width: write whole lines
+            console = Console(width=_WIDE)
+        kept = [n for n, c in enumerate(COLUMNS) if console.width >= _WIDE or c not in _SPARED]
         for line in self.heading():
             console.print(line, style="dim", highlight=False)
         for title, rows in self.groups():
             shown = Table(title=title, title_justify="left", title_style="bold")
-            for number, column in enumerate(COLUMNS):
-                shown.add_column(column, justify="right" if number else "left", no_wrap=True)
+            for number in kept:
+                justify = "right" if number else "left"
+                shown.add_column(COLUMNS[number], justify=justify, no_wrap=number > 0)
             for row in rows:
-                shown.add_row(*cells(row), style="bold" if row.peer == OURS else None)
+                texts = cells(row)
+                style = "bold" if row.peer == OURS else None
+                shown.add_row(*(texts[n] for n in kept), style=style)
             console.print(shown)
         console.print(LEGEND, style="dim", highlight=False)
 

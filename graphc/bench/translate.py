@@ -263,7 +263,7 @@ TORCH = Writer(
 
 # ---- JAX
 
-_JAX_HEAD = '''\
+_JAX_HEAD = """\
 import jax
 import jax.numpy as jnp
 from jax import lax, nn
@@ -303,15 +303,13 @@ def pool(x, start, combine, kernel, stride, padding, dilation=(1, 1)):
     )
 
 
-'''
+"""
 
 
 def _jax_batch_norm(step: Step, x: list[str]) -> str:
     a = step.node.attrs
     names = tuple(v.node.name for v in step.inputs[3:5] if v is not None)
-    return (
-        f"batch_norm({', '.join(x)}, {bool(a['training'])}, {a['momentum']}, {a['eps']}, s, {names})"
-    )
+    return f"batch_norm({', '.join(x)}, {bool(a['training'])}, {a['momentum']}, {a['eps']}, s, {names})"
 
 
 def _jax_conv(step: Step, x: list[str]) -> str:

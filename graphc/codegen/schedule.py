@@ -184,8 +184,10 @@ def _choose_tile(
     """Register tile of the main reduction: at most two outer loops, besides pooling windows. `limits` caps
     the count of a loop."""
     main = _main_reduction(kernel)
-    if main is None or not kernel.trips(kernel.loops):
+    if not kernel.trips(kernel.loops):
         return ()
+    if main is None:
+        return _unrolled(kernel, lane, fixed, limits)
     used = kernel.free(main)
     windows = _windows(kernel, main)
     if any(n in fixed or kernel.loops[n].ragged for n in windows):
@@ -223,6 +225,24 @@ def _choose_tile(
 def _lane_accesses(kernel: Kernel, lane: str) -> list[Access]:
     accesses = [e.attributes["access"] for e in loads(kernel)] + [s.access for s in kernel.stores]
     return [a for a in accesses if a.stride(lane)]
+
+
+def _unrolled(
+    kernel: Kernel, lane: str | None, fixed: set[str], limits: dict[str | None, int]
+) -> tuple[tuple[str, int], ...]:
+    """A few iterations of the innermost outer loop at once: independent chains hide latencies and share
+    the work of addresses. Only counts that divide the loop, so that nothing is computed twice."""
+    inner = next((n for n in reversed(kernel.outer) if n != lane), None)
+    if lane is None or inner is None or inner in fixed or inner in limits or kernel.loops[inner].ragged:
+        return ()
+    if kernel.outer == (inner, lane):
+        return ()  # one flat loop: memory sets the pace, and one kernel serves every size
+    if any(loop.block == inner and loop.ragged for loop in kernel.loops.values()):
+        return ()
+    extent = kernel.loops[inner].extent
+    count = next((c for c in (4, 5, 3, 7, 2) if extent % c == 0), 1)
+    argmax = any(e.op == "reduce" and e.attributes["combine"] == "argmax" for e in kernel.expressions())
+    return ((inner, count),) if count > 1 and not (argmax and count > 5) else ()
 
 
 def _constant_matrix(

@@ -207,7 +207,8 @@ def explain(executable: Executable) -> str:
         sections.append("Passes\n" + "\n".join(f"  {record}" for record in executable.records))
     if hasattr(executable, "launches"):
         sections += [
-            "Convolution algorithms\n" + "\n".join(f"  {line}" for line in _convolution_lines(executable)),
+            "Convolution algorithms\n"
+            + "\n".join(f"  {line}" for line in _convolution_lines(executable)),
             "Layouts\n" + "\n".join(f"  {line}" for line in _layout_lines(graph)),
             "Layout conversions\n" + "\n".join(f"  {line}" for line in _conversion_lines(graph)),
             "Neighbours kept apart\n" + "\n".join(f"  {line}" for line in _apart_lines(graph)),
@@ -316,7 +317,9 @@ def dump(executable: Executable, folder: str | os.PathLike[str]) -> Path:
     """
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise errors.GraphcError(f"dump: {target} exists already: choose a folder that is new or empty")
+        raise errors.GraphcError(
+            f"dump: {target} exists already: choose a folder that is new or empty"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:

@@ -14,7 +14,9 @@ from graphc.codegen.program import Launch
 from graphc.expr import FUNCTIONS
 from graphc.ir import SOURCES, Graph, Node, Value
 
-_FREE = frozenset("select cast lt le gt ge eq ne bit_xor shift_left shift_right rotate_left".split())
+_FREE = frozenset(
+    "select cast lt le gt ge eq ne bit_xor shift_left shift_right rotate_left".split()
+)
 _FREE |= {"and_", "or_", "not_", "xor_"}
 
 
@@ -24,9 +26,7 @@ def points(kernel: Kernel, loops: Iterable[str]) -> int:
     count = 1
     for name in names:
         loop = kernel.loops[name]
-        ragged_inside = any(
-            kernel.loops[n].ragged and kernel.loops[n].block == name for n in names
-        )
+        ragged_inside = any(kernel.loops[n].ragged and kernel.loops[n].block == name for n in names)
         if loop.ragged and loop.block in names:
             count *= loop.total or 0
         elif not ragged_inside:
