@@ -1,6 +1,6 @@
 """graphc: a deep-learning compiler in readable Python. Declare a network, compile it, run it.
 
-    import graphc as gc
+import graphc as gc
 """
 
 import importlib as _importlib
@@ -13,7 +13,11 @@ from graphc.ops import *  # noqa: F403
 from graphc.serialize import load, save
 
 # Imported when first used: compiling pulls in the runtime, pictures and data their own libraries.
-_LAZY = {"compile": "graphc.compile", "default_pipeline": "graphc.compile", "interpret": "graphc.interpreter"}
+_LAZY = {
+    "compile": "graphc.compile",
+    "default_pipeline": "graphc.compile",
+    "interpret": "graphc.interpreter",
+}
 _LAZY_MODULES = ("data", "interop", "train", "viz", "zoo")
 
 __version__ = "0.1.0"

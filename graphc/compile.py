@@ -68,10 +68,21 @@ def compile(
     _check_options(target, threads, precision, mode, outputs)
     declared = graph.copy()
 
-    def shaped(observer: Observer | None = None) -> tuple[Graph, dict[str, Any], tuple[PassRecord, ...]]:
+    def shaped(
+        observer: Observer | None = None,
+    ) -> tuple[Graph, dict[str, Any], tuple[PassRecord, ...]]:
         """Every pass; `Executable.dump` runs them again, with an observer."""
         joint, records = transform(
-            declared, outputs, dims or {}, loss, gradients, optimizer, mode, seed, algorithms(target, precision), observer
+            declared,
+            outputs,
+            dims or {},
+            loss,
+            gradients,
+            optimizer,
+            mode,
+            seed,
+            algorithms(target, precision),
+            observer,
         )
         if target == "interpret":
             return joint, {}, records
@@ -146,7 +157,9 @@ def transform(
 ) -> tuple[Graph, tuple[PassRecord, ...]]:
     """Bind, choose algorithms, differentiate, add the optimizer and simplify."""
     if (gradients or optimizer) and loss is None:
-        raise errors.GradientError("gradients and optimizers need loss=...: the name of the scalar to differentiate")
+        raise errors.GradientError(
+            "gradients and optimizers need loss=...: the name of the scalar to differentiate"
+        )
     names = [*outputs, *([loss] if loss else [])]
     wanted = {name: graph.value(name).name for name in names}
     g = graph.copy()
@@ -165,7 +178,9 @@ def transform(
         trained = [n for n, p in g.parameters.items() if optimizer and p.attrs["trainable"]]
         wrt = list(dict.fromkeys([*gradients, *trained]))
         start, values = len(g), [_source(g, graph, n) for n in wrt]
-        found: dict[str, Value] = dict(zip(wrt, differentiate(g, g.value(loss), values), strict=True))
+        found: dict[str, Value] = dict(
+            zip(wrt, differentiate(g, g.value(loss), values), strict=True)
+        )
         _mark(g, start, "backward")
         g.outputs |= {f"grad:{name}": found[name] for name in gradients}
         if optimizer:
@@ -207,17 +222,25 @@ def _mark(graph: Graph, start: int, phase: str) -> None:
         node.origin = replace(node.origin, phase=phase)
 
 
-def _check_options(target: str, threads: Any, precision: str, mode: str | None, outputs: Sequence[str]) -> None:
+def _check_options(
+    target: str, threads: Any, precision: str, mode: str | None, outputs: Sequence[str]
+) -> None:
     if target not in TARGETS:
-        raise errors.CompileError(f"target={target!r}: this version compiles for {', '.join(map(repr, TARGETS))}")
+        raise errors.CompileError(
+            f"target={target!r}: this version compiles for {', '.join(map(repr, TARGETS))}"
+        )
     if precision not in PRECISIONS:
-        raise errors.CompileError(f"precision={precision!r}: this version has {', '.join(map(repr, PRECISIONS))}")
+        raise errors.CompileError(
+            f"precision={precision!r}: this version has {', '.join(map(repr, PRECISIONS))}"
+        )
     if mode not in (None, "train", "infer"):
         raise errors.CompileError(f"mode={mode!r}: use 'train', 'infer' or None")
     if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= 256):
         raise errors.CompileError(f"threads={threads!r}: use 1 to 256, or None for every core")
     if isinstance(outputs, str) or not all(isinstance(o, str) for o in outputs):
-        raise errors.CompileError(f"outputs={outputs!r}: pass a list of names, e.g. outputs=['loss']")
+        raise errors.CompileError(
+            f"outputs={outputs!r}: pass a list of names, e.g. outputs=['loss']"
+        )
 
 
 def _progress():

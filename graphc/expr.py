@@ -149,7 +149,11 @@ def position(index: Index | int) -> Expr:
 
 def reduce(combine: str, body: Expr, loops: tuple[tuple[str, int], ...]) -> Expr:
     dtype = "int32" if combine == "argmax" else body.dtype
-    return Expr("reduce", (body,), dtype, {"combine": combine, "loops": loops}) if loops or combine == "argmax" else body
+    return (
+        Expr("reduce", (body,), dtype, {"combine": combine, "loops": loops})
+        if loops or combine == "argmax"
+        else body
+    )
 
 
 def within(bounds: tuple[tuple[Index, int], ...], inside: Expr, outside: Expr | Number) -> Expr:

@@ -55,7 +55,9 @@ class TensorType:
         """Number of elements; every dimension must be bound."""
         unbound = [d for d in self.shape if isinstance(d, str)]
         if unbound:
-            raise errors.UnboundDimensionError(f"{self} has the unbound dimension {unbound[0]!r}: pass dims={{{unbound[0]!r}: ...}}")
+            raise errors.UnboundDimensionError(
+                f"{self} has the unbound dimension {unbound[0]!r}: pass dims={{{unbound[0]!r}: ...}}"
+            )
         return math.prod(self.shape)  # type: ignore[arg-type]
 
     @property
@@ -196,10 +198,14 @@ class Value:
         )
 
     def __iter__(self):
-        raise errors.DeclarationError(f"{self.node.describe()}: a value of a static graph cannot be iterated; use slices or gc.split")
+        raise errors.DeclarationError(
+            f"{self.node.describe()}: a value of a static graph cannot be iterated; use slices or gc.split"
+        )
 
     def __array__(self, *_, **__):
-        raise errors.DeclarationError(f"{self.node.describe()}: a value of a static graph holds no data; compile and run the graph")
+        raise errors.DeclarationError(
+            f"{self.node.describe()}: a value of a static graph holds no data; compile and run the graph"
+        )
 
     # Operators are methods of the op library, bound by graphc.ops when it is imported.
 
@@ -292,12 +298,26 @@ class Graph:
         """Declare an array given at each call. Dimensions may be names, e.g. "N"."""
         return self.add("input", (), {"type": _checked_type(name, shape, dtype)}, name=name)[0]
 
-    def parameter(self, name: str, shape: Iterable[int], init: Any = None, dtype: str = "float32", trainable: bool = True) -> Value:
+    def parameter(
+        self,
+        name: str,
+        shape: Iterable[int],
+        init: Any = None,
+        dtype: str = "float32",
+        trainable: bool = True,
+    ) -> Value:
         """Declare a learned array. `init` is an initialiser of `graphc.nn.init`, an array, or None (zeros)."""
         attrs = {"type": _checked_type(name, shape, dtype), "init": init, "trainable": trainable}
         return self.add("parameter", (), attrs, name=name)[0]
 
-    def state(self, name: str, shape: Iterable[int], init: Any = None, dtype: str = "float32", persistent: bool = True) -> Value:
+    def state(
+        self,
+        name: str,
+        shape: Iterable[int],
+        init: Any = None,
+        dtype: str = "float32",
+        persistent: bool = True,
+    ) -> Value:
         """Declare an array that a step reads and updates and no gradient flows to (running statistics).
 
         `persistent=False` keeps it out of `Executable.state()`'s network weights (optimizer state)."""
@@ -308,10 +328,14 @@ class Graph:
         """Declare fixed data. float64 arrays become float32 unless `dtype` says otherwise."""
         data = np.asarray(array)
         if dtype is None:
-            dtype = {"f": "float32", "i": "int32", "u": "int32", "b": "bool"}.get(data.dtype.kind, "float32")
+            dtype = {"f": "float32", "i": "int32", "u": "int32", "b": "bool"}.get(
+                data.dtype.kind, "float32"
+            )
         data = np.ascontiguousarray(data, dtype=dtype).reshape(data.shape)
         data.flags.writeable = False
-        return self.add("constant", (), {"type": TensorType(data.shape, dtype), "value": data}, name=name)[0]
+        return self.add(
+            "constant", (), {"type": TensorType(data.shape, dtype), "value": data}, name=name
+        )[0]
 
     def output(self, **values: Value) -> None:
         """Name values that executables may return."""
@@ -323,21 +347,41 @@ class Graph:
         """At the end of a step the parameter or state `name` takes `value`."""
         target = self.node(name)
         if target.op not in ("parameter", "state"):
-            raise errors.DeclarationError(f"{target.describe()}: only parameters and states can be updated")
+            raise errors.DeclarationError(
+                f"{target.describe()}: only parameters and states can be updated"
+            )
         if value.type != target.types[0]:
-            raise errors.ShapeError(f"{target.describe()}: {target.types[0]} cannot be updated with {value.name!r} {value.type}")
+            raise errors.ShapeError(
+                f"{target.describe()}: {target.types[0]} cannot be updated with {value.name!r} {value.type}"
+            )
         self.updates[name] = value
 
-    def add(self, op: str, inputs: Iterable[Value], attrs: Mapping[str, Any] | None = None, name: str | None = None) -> Node:
+    def add(
+        self,
+        op: str,
+        inputs: Iterable[Value],
+        attrs: Mapping[str, Any] | None = None,
+        name: str | None = None,
+    ) -> Node:
         """Append a node. Its type rule runs now, so an error points at the user's line."""
         inputs, attrs = tuple(inputs), dict(attrs or {})
         origin = self._origin or _caller()
         base = name or op
         unique = self._unique(base, exact=name is not None and op in NAMED_SOURCES)
-        node = Node(self, unique, op, inputs, attrs, (), origin if origin.layer else replace(origin, layer=unique))
+        node = Node(
+            self,
+            unique,
+            op,
+            inputs,
+            attrs,
+            (),
+            origin if origin.layer else replace(origin, layer=unique),
+        )
         for slot, value in enumerate(inputs):
             if not isinstance(value, Value):
-                raise errors.DeclarationError(f"{node.describe()}: operand {slot} is {type(value).__name__}, not a value of the graph")
+                raise errors.DeclarationError(
+                    f"{node.describe()}: operand {slot} is {type(value).__name__}, not a value of the graph"
+                )
             self._own(value, f"operand {slot} of {node.describe()}")
         node.types = self._infer(node)
         node.layouts = (ROWS,) * len(node.types)
@@ -362,13 +406,17 @@ class Graph:
 
     def _own(self, value: Value, what: str) -> None:
         if value.graph is not self:
-            raise errors.DeclarationError(f"{what}: {value.name!r} belongs to graph {value.graph.name!r}, not to {self.name!r}")
+            raise errors.DeclarationError(
+                f"{what}: {value.name!r} belongs to graph {value.graph.name!r}, not to {self.name!r}"
+            )
 
     def _unique(self, base: str, exact: bool = False) -> str:
         if base not in self.nx and (exact or base not in self._reserved):
             return base
         if exact:
-            raise errors.DeclarationError(f"graph {self.name!r} already has a node called {base!r}: choose another name")
+            raise errors.DeclarationError(
+                f"graph {self.name!r} already has a node called {base!r}: choose another name"
+            )
         while True:
             self._counters[base] = self._counters.get(base, 0) + 1
             candidate = f"{base}_{self._counters[base]}"
@@ -392,7 +440,12 @@ class Graph:
 
     # ---- transforming
 
-    def rebuild(self, visit: Callable[[Graph, Node, tuple[Value, ...]], Iterable[Value] | None] | None = None, *, name: str | None = None) -> Graph:
+    def rebuild(
+        self,
+        visit: Callable[[Graph, Node, tuple[Value, ...]], Iterable[Value] | None] | None = None,
+        *,
+        name: str | None = None,
+    ) -> Graph:
         """A new graph made by visiting every node in order.
 
         `visit(new_graph, node, new_inputs)` returns the values that stand for the node's outputs, or None
@@ -447,7 +500,9 @@ class Graph:
 
     def bind(self, dims: Mapping[str, int]) -> Graph:
         """A new graph with every symbolic dimension replaced; type rules run again on the bound shapes."""
-        names = {d for node in self.nodes for t in node.types for d in t.shape if isinstance(d, str)}
+        names = {
+            d for node in self.nodes for t in node.types for d in t.shape if isinstance(d, str)
+        }
         missing = sorted(names - set(dims))
         if missing:
             which = next(n for n in self.nodes if any(missing[0] in t.shape for t in n.types))
@@ -456,14 +511,21 @@ class Graph:
             )
         for key, size in dims.items():
             if not isinstance(size, (int, np.integer)) or size < 0:
-                raise errors.UnboundDimensionError(f"dims[{key!r}] = {size!r}: a size must be a non-negative int")
+                raise errors.UnboundDimensionError(
+                    f"dims[{key!r}] = {size!r}: a size must be a non-negative int"
+                )
 
         def visit(new: Graph, node: Node, inputs: tuple[Value, ...]):
             def resolve(item):
                 if isinstance(item, TensorType):
-                    return TensorType(tuple(int(dims[d]) if isinstance(d, str) else d for d in item.shape), item.dtype)
+                    return TensorType(
+                        tuple(int(dims[d]) if isinstance(d, str) else d for d in item.shape),
+                        item.dtype,
+                    )
                 if isinstance(item, tuple):
-                    return tuple(int(dims[d]) if isinstance(d, str) and d in dims else d for d in item)
+                    return tuple(
+                        int(dims[d]) if isinstance(d, str) and d in dims else d for d in item
+                    )
                 return item
 
             attrs = {k: resolve(v) for k, v in node.attrs.items()}
@@ -489,7 +551,16 @@ class Graph:
                 number[value] = len(number)
             keep = node.name if node.op in ("input", "parameter", "state") else ""
             attrs = tuple(sorted((k, _freeze(v)) for k, v in node.attrs.items()))
-            rows.append((node.op, keep, tuple(number[v] for v in node.inputs), attrs, node.types, node.layouts))
+            rows.append(
+                (
+                    node.op,
+                    keep,
+                    tuple(number[v] for v in node.inputs),
+                    attrs,
+                    node.types,
+                    node.layouts,
+                )
+            )
         outputs = tuple((k, number[v]) for k, v in self.outputs.items())
         updates = tuple((k, number[v]) for k, v in self.updates.items())
         return (tuple(rows), outputs, updates)
@@ -510,17 +581,29 @@ class Graph:
 
 def format_node(node: Node) -> str:
     """One line of static single assignment form: `%y: f32[N,6] = relu(%x) {attrs}  # conv1, lenet.py:12`."""
-    left = ", ".join(f"%{v.name}: {v.type}" + ("" if v.layout == ROWS else f" @{v.layout}") for v in node.outputs)
+    left = ", ".join(
+        f"%{v.name}: {v.type}" + ("" if v.layout == ROWS else f" @{v.layout}") for v in node.outputs
+    )
     shown = {k: v for k, v in node.attrs.items() if k != "type" and not (k == "init" and v is None)}
     attrs = ", ".join(f"{k}={_format_attribute(v)}" for k, v in shown.items())
     operands = ", ".join(f"%{v.name}" for v in node.inputs)
-    comment = ", ".join(p for p in (node.origin.layer if node.origin.layer != node.name else "", str(node.origin)) if p)
-    return f"{left} = {node.op}({operands})" + (f" {{{attrs}}}" if attrs else "") + (f"  # {comment}" if comment else "")
+    comment = ", ".join(
+        p
+        for p in (node.origin.layer if node.origin.layer != node.name else "", str(node.origin))
+        if p
+    )
+    return (
+        f"{left} = {node.op}({operands})"
+        + (f" {{{attrs}}}" if attrs else "")
+        + (f"  # {comment}" if comment else "")
+    )
 
 
 def _format_attribute(value: Any) -> str:
     if isinstance(value, np.ndarray):
-        return f"{value.item()!r}" if value.size == 1 else f"<{value.dtype} array {list(value.shape)}>"
+        return (
+            f"{value.item()!r}" if value.size == 1 else f"<{value.dtype} array {list(value.shape)}>"
+        )
     if isinstance(value, Graph):
         return f"<graph of {len(value)} nodes>"
     return str(value)
@@ -528,7 +611,11 @@ def _format_attribute(value: Any) -> str:
 
 def _freeze(value: Any) -> Any:
     if isinstance(value, np.ndarray):
-        return (value.dtype.str, value.shape, hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest())
+        return (
+            value.dtype.str,
+            value.shape,
+            hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest(),
+        )
     if isinstance(value, Graph):
         return value.structure()
     if isinstance(value, (list, tuple)):
@@ -541,7 +628,9 @@ def _freeze(value: Any) -> Any:
 def _checked_type(name: str, shape: Iterable[Dimension], dtype: str) -> TensorType:
     dtype = np.dtype(dtype).name if not isinstance(dtype, str) else dtype
     if dtype not in DTYPES:
-        raise errors.DTypeError(f"{name}: dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}")
+        raise errors.DTypeError(
+            f"{name}: dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}"
+        )
     dims: list[Dimension] = []
     for d in shape:
         if isinstance(d, str) and d.isidentifier():
@@ -565,5 +654,3 @@ def _caller() -> Origin:
 
 
 _PASSES = os.path.join(os.path.dirname(_PACKAGE), "passes")
-
-

@@ -39,7 +39,10 @@ class AssignLayouts(Pass):
         mode = self.mode or min(costs, key=costs.__getitem__)
         new = _Assign(graph, mode, self.lanes, batch, self.can_lower).run()
         new.annotations["layouts"] = (mode, costs)
-        note(new, f"{mode} in lanes; predicted " + ", ".join(f"{m} {c:.3g}" for m, c in costs.items()))
+        note(
+            new,
+            f"{mode} in lanes; predicted " + ", ".join(f"{m} {c:.3g}" for m, c in costs.items()),
+        )
         return new
 
 
@@ -68,7 +71,9 @@ def _cost(graph: Graph, mode: str, lanes: int, batch: int | None) -> float:
             total += work * 1.6
         else:
             weight = inner.attrs.get("weight_shape") or inner.inputs[1].shape
-            channels = weight[1] * inner.attrs["groups"] if inner.op == "conv2d_input_grad" else weight[0]
+            channels = (
+                weight[1] * inner.attrs["groups"] if inner.op == "conv2d_input_grad" else weight[0]
+            )
             grouped = 4.0 if inner.attrs["groups"] > 1 else 1.0
             # Below the lanes' width batch in lanes wins; for wide layers its working set is larger.
             total += work * grouped * (-(-channels // lanes) * lanes / channels) * 0.95
@@ -89,16 +94,26 @@ def _multiply_adds(node: Node) -> float:
         return out * node.inputs[0].shape[-1]
     if node.op == "conv2d":
         return out * math.prod(node.inputs[1].shape[1:])
-    g, weight = (node.inputs[1], node.attrs["weight_shape"]) if node.op == "conv2d_weight_grad" else (
-        node.inputs[0],
-        node.inputs[1].shape,
+    g, weight = (
+        (node.inputs[1], node.attrs["weight_shape"])
+        if node.op == "conv2d_weight_grad"
+        else (
+            node.inputs[0],
+            node.inputs[1].shape,
+        )
     )
     return math.prod(g.shape) * math.prod(weight[1:])
 
 
 class _Assign:
     def __init__(self, graph: Graph, mode: str, lanes: int, batch: int | None, can_lower):
-        self.graph, self.mode, self.lanes, self.batch, self.can_lower = graph, mode, lanes, batch, can_lower
+        self.graph, self.mode, self.lanes, self.batch, self.can_lower = (
+            graph,
+            mode,
+            lanes,
+            batch,
+            can_lower,
+        )
         self.new = Graph(graph.name)
         self.new.annotations = dict(graph.annotations)
         self.mapping: dict[Value, Value] = {}
@@ -244,7 +259,9 @@ class _Assign:
                     return self.weights[operand.node.name]
         return None
 
-    def _contraction_operands(self, node: Node, inner: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
+    def _contraction_operands(
+        self, node: Node, inner: Node, inputs: tuple[Value, ...]
+    ) -> tuple[Value, ...]:
         """Bring images that a contraction reads into the lanes of the mode."""
         names = list(node.attrs["body"].inputs)
         images = {v.node.name for v in inner.inputs if v.node.op == "input"}
@@ -253,7 +270,11 @@ class _Assign:
             if inner.op == "matmul" and self.mode == BATCH and value in self.batched:
                 # A weight gradient sums over the batch: its lanes run along rows of the right operand.
                 left, right = inner.inputs
-                if left.node.op == "transpose" and right.node.name == name and right.shape[-1] >= 2 * self.lanes:
+                if (
+                    left.node.op == "transpose"
+                    and right.node.name == name
+                    and right.shape[-1] >= 2 * self.lanes
+                ):
                     converted.append(self.convert(value, ROWS))
                     continue
             if name in images and value in self.batched and value.layout == ROWS:
@@ -266,7 +287,9 @@ class _Assign:
 
     def convert(self, value: Value, layout: Layout) -> Value:
         """The same value in another layout, through a copy that all readers share."""
-        if value.layout == layout or (layout == ROWS and value.rank == 1 and value.shape[0] % value.layout.lanes == 0):
+        if value.layout == layout or (
+            layout == ROWS and value.rank == 1 and value.shape[0] % value.layout.lanes == 0
+        ):
             return value
         key = (value, layout)
         if key not in self.converted:
@@ -275,7 +298,12 @@ class _Assign:
             body.output(result0=body.add("expand", (operand,), {"shape": value.shape})[0])
             with self.new.origin(value.node.origin):
                 attrs = {"body": body, "kind": "convert_layout", "outer": value.shape}
-                node = self.new.add("fused", (value,), attrs, name=f"{value.node.name}.{'rows' if layout == ROWS else 'lanes'}")
+                node = self.new.add(
+                    "fused",
+                    (value,),
+                    attrs,
+                    name=f"{value.node.name}.{'rows' if layout == ROWS else 'lanes'}",
+                )
             node.layouts = (layout,)
             self.converted[key] = node[0]
             if value in self.batched:

@@ -51,7 +51,9 @@ def _keep_axes(graph: Graph) -> Graph:
         if node.op not in REDUCTIONS or node.attrs["keepdims"] or not node.inputs[0].rank:
             return None
         kept = new.add(node.op, inputs, {**node.attrs, "keepdims": True}, name=node.name)
-        return new.add("reshape", kept.outputs, {"shape": node.types[0].shape}, name=f"{node.name}.squeeze").outputs
+        return new.add(
+            "reshape", kept.outputs, {"shape": node.types[0].shape}, name=f"{node.name}.squeeze"
+        ).outputs
 
     return graph.rebuild(visit)
 
@@ -121,7 +123,9 @@ class _Fuser:
         for node in self.nodes:
             if node.op in WINDOWS | REDUCTIONS and node.op != "argmax":
                 key = (node.inputs, tuple(sorted((k, repr(v)) for k, v in node.attrs.items())))
-                if key in seen and not self.path_outside(self.group[seen[key].name], self.group[node.name]):
+                if key in seen and not self.path_outside(
+                    self.group[seen[key].name], self.group[node.name]
+                ):
                     self.join(seen[key], node)
                 else:
                     seen[key] = node
@@ -171,12 +175,17 @@ class _Fuser:
                 if node.op in CONTRACTIONS:
                     return f"each element of {source.name!r} is read many times by {node.name!r}"
                 if node.op in WINDOWS and (source.op != "conv2d" or not _disjoint(node)):
-                    return f"overlapping or stored windows of {source.name!r} would be computed again"
+                    return (
+                        f"overlapping or stored windows of {source.name!r} would be computed again"
+                    )
                 if node.op in REDUCTIONS and source.op in CONTRACTIONS | WINDOWS:
                     return f"{node.name!r} reduces across the register tile of {source.name!r}"
                 if source.op in CONTRACTIONS and is_view(value.node):
                     return f"{value.node.name!r} reorders the register tile of {source.name!r}"
-                if not (node.op in REDUCTIONS | WINDOWS | {"max_unpool2d", "pad"} or get(node.op).elementwise):
+                if not (
+                    node.op in REDUCTIONS | WINDOWS | {"max_unpool2d", "pad"}
+                    or get(node.op).elementwise
+                ):
                     return f"{node.name!r} ({node.op}) reads its operand from memory"
                 if node.op == "pad" and source.op in CONTRACTIONS | WINDOWS | REDUCTIONS:
                     return f"{node.name!r} writes around the register tile of {source.name!r}"
@@ -203,7 +212,9 @@ class _Fuser:
         if any(n.op in WINDOWS | CONTRACTIONS | {"max_unpool2d"} for n in nodes):
             return f"results of different shapes {sorted(shapes)}"
         if not any(n.op in REDUCTIONS for n in nodes):
-            return f"a broadcast value {list(outer)} is stored once, its readers run over other axes"
+            return (
+                f"a broadcast value {list(outer)} is stored once, its readers run over other axes"
+            )
         if 0 in reduced and any(s != outer for s in shapes):
             return "a sum over the batch ends before what follows it can begin"
         for node in nodes:
@@ -228,7 +239,13 @@ class _Fuser:
         inside = {n.name for g in (a, b) for n in self.members[g]}
         last = max(self.position[n] for n in inside)
         group_last = {}
-        stack = [u for n in inside for v in self.graph.node(n).outputs for u in self.users[v] if u.name not in inside]
+        stack = [
+            u
+            for n in inside
+            for v in self.graph.node(n).outputs
+            for u in self.users[v]
+            if u.name not in inside
+        ]
         seen: set[str] = set()
         while stack:
             node = stack.pop()
@@ -324,10 +341,17 @@ class _Fuser:
                 if node.name in needed_views:
                     unit_of[node.name] = len(units)
                     units.append([node])
-            elif self.members[self.group[node.name]][0] is node or self.group[node.name] not in unit_of:
+            elif (
+                self.members[self.group[node.name]][0] is node
+                or self.group[node.name] not in unit_of
+            ):
                 unit_of.setdefault(self.group[node.name], len(units))
                 if unit_of[self.group[node.name]] == len(units):
-                    units.append(sorted(self.members[self.group[node.name]], key=lambda n: self.position[n.name]))
+                    units.append(
+                        sorted(
+                            self.members[self.group[node.name]], key=lambda n: self.position[n.name]
+                        )
+                    )
         for node in self.nodes:
             if not is_view(node) and not is_alias(node):
                 unit_of[node.name] = unit_of[self.group[node.name]]
@@ -382,7 +406,9 @@ def _outer(nodes: list[Node], results: list[Value]) -> tuple[tuple[int, ...], se
     for node in nodes:
         if node.op in REDUCTIONS and node.inputs[0].rank == len(outer):
             source, target = node.inputs[0].shape, node.types[0].shape
-            reduced |= {axis for axis, (s, t) in enumerate(zip(source, target, strict=True)) if s != t}
+            reduced |= {
+                axis for axis, (s, t) in enumerate(zip(source, target, strict=True)) if s != t
+            }
     return tuple(1 if axis in reduced else d for axis, d in enumerate(outer)), reduced
 
 
@@ -391,7 +417,9 @@ def _disjoint(node: Node) -> bool:
     attrs = node.attrs
     return (
         tuple(attrs["stride"]) == tuple(attrs["kernel"])
-        and not any(p for pair in attrs["padding"] for p in (pair if isinstance(pair, tuple) else (pair,)))
+        and not any(
+            p for pair in attrs["padding"] for p in (pair if isinstance(pair, tuple) else (pair,))
+        )
         and all(d == 1 for d in attrs.get("dilation", (1, 1)))
     )
 

@@ -27,13 +27,20 @@ class Parallelize(Pass):
 
     blocks: Callable[[Node], int | None]
     threads: int = 1
-    cache_bytes: int = 600_000  # a little more than a core's own cache: not all of a group is live at once
+    cache_bytes: int = (
+        600_000  # a little more than a core's own cache: not all of a group is live at once
+    )
 
     def run(self, graph: Graph) -> Graph:
         counts = {n.name: self.blocks(n) for n in graph if n.op == "fused"}
         new = reordered(graph, _order(graph, counts))
-        new.annotations["groups"] = tuple((self._shares(new, *group), group[1]) for group in _groups(new, counts))
-        note(new, f"{sum(len(names) for _, names in new.annotations['groups'])} kernels run block by block")
+        new.annotations["groups"] = tuple(
+            (self._shares(new, *group), group[1]) for group in _groups(new, counts)
+        )
+        note(
+            new,
+            f"{sum(len(names) for _, names in new.annotations['groups'])} kernels run block by block",
+        )
         return new
 
     def _shares(self, graph: Graph, blocks: int, names: tuple[str, ...]) -> int:

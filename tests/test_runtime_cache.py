@@ -351,15 +351,15 @@ def test_kernel_that_needs_numba_at_run_time_is_refused(cache: KernelCache) -> N
 
 
 def test_worker_processes_compile_along(cache: KernelCache) -> None:
-    sources = [increment(f"along{number}", 300 + number) for number in range(60)]
+    sources = [increment(f"along{number}", 300 + number) for number in range(20)]
     # Slow enough that the worker has imported Numba before all are done.
     sources += [
         KernelSource(
             f"slow{number}",
             f"def slow{number}(a, thread, threads):\n"
-            + "".join(f"    a[{line}] += a[{line + 1}] * {number}\n" for line in range(150)),
+            + "".join(f"    a[{line}] += a[{line + 1}] * {number}\n" for line in range(100)),
         )
-        for number in range(6)
+        for number in range(4)
     ]
     seen: list[str] = []
     loaded = load_kernels(sources, cache, lambda *event: seen.append(event[3]), workers=1)
@@ -379,9 +379,9 @@ def test_worker_that_dies_costs_nothing(
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     monkeypatch.setattr(build, "_start_process", start_and_die)
-    sources = [increment(f"orphan{number}", 400 + number) for number in range(40)]
+    sources = [increment(f"orphan{number}", 400 + number) for number in range(20)]
     loaded = load_kernels(sources, cache, workers=2)
-    assert len(set(loaded.addresses)) == 40
+    assert len(set(loaded.addresses)) == 20
 
 
 def test_worker_protocol(cache: KernelCache) -> None:
@@ -427,8 +427,8 @@ def test_script_without_main_guard(tmp_path: Path) -> None:
         print("once")
         from graphc.runtime.linker import KernelSource, load_kernels
         text = "def f{0}(a, thread, threads):\\n    a[0] += {0}\\n"
-        sources = [KernelSource(f"f{number}", text.format(number)) for number in range(30)]
-        assert len(set(load_kernels(sources, workers=1).addresses)) == 30
+        sources = [KernelSource(f"f{number}", text.format(number)) for number in range(8)]
+        assert len(set(load_kernels(sources, workers=1).addresses)) == 8
         """
     path = tmp_path / "script.py"
     path.write_text(textwrap.dedent(script))

@@ -138,7 +138,9 @@ class Kernel:
             return done[id(e)]
 
         # The old expressions stay referenced by `done` until the end: ids are not reused meanwhile.
-        self.stores = tuple(Store(access(s.access), rewrite(s.expr), names(s.loops)) for s in self.stores)
+        self.stores = tuple(
+            Store(access(s.access), rewrite(s.expr), names(s.loops)) for s in self.stores
+        )
         self.outer = names(self.outer)
         self._free.clear()
 

@@ -52,10 +52,14 @@ def _canonical(kernel: Kernel) -> Kernel:
         return fresh[base] + name[len(base) :] if base in fresh else name
 
     kernel.loops = {
-        rename(n): Loop(rename(n), loop.extent, rename(loop.block) if loop.block else None, loop.total)
+        rename(n): Loop(
+            rename(n), loop.extent, rename(loop.block) if loop.block else None, loop.total
+        )
         for n, loop in kernel.loops.items()
     }
-    kernel.substitute({n: ((rename(n), 1),) for e in (kernel.outer, *_all_loops(kernel)) for n in e})
+    kernel.substitute(
+        {n: ((rename(n), 1),) for e in (kernel.outer, *_all_loops(kernel)) for n in e}
+    )
     return kernel
 
 
@@ -65,7 +69,9 @@ def _all_loops(kernel: Kernel) -> list[tuple[str, ...]]:
 
 
 class _Pull:
-    def __init__(self, name: str, body: Graph, splits: dict[str, int], outer: tuple[int, ...] | None):
+    def __init__(
+        self, name: str, body: Graph, splits: dict[str, int], outer: tuple[int, ...] | None
+    ):
         self.name, self.body, self.splits = name, body, splits
         self.loops: dict[str, Loop] = {}
         self.memo: dict[tuple, Expr] = {}
@@ -77,8 +83,15 @@ class _Pull:
         outer = self.outer
         index: list[Index] = []
         outer_loops: list[str] = []
-        lane_axes = {v.layout.lane_axis: v.layout.lanes for v in self.results if v.layout.lane_axis is not None}
-        if any(outer[axis] != v.shape[axis] for axis in lane_axes for v in self.results) or len(lane_axes) > 1:
+        lane_axes = {
+            v.layout.lane_axis: v.layout.lanes
+            for v in self.results
+            if v.layout.lane_axis is not None
+        }
+        if (
+            any(outer[axis] != v.shape[axis] for axis in lane_axes for v in self.results)
+            or len(lane_axes) > 1
+        ):
             raise CannotLower(f"{self.name}: results disagree on the lane axis")
         for axis, extent in enumerate(outer):
             if extent == 1 and axis not in lane_axes:
@@ -100,9 +113,14 @@ class _Pull:
             expr = self.pull(value, tuple(position))
             access = self.address(len(self.operands) + number, value, tuple(position))
             stores.append(Store(access, expr, tuple(inner)))
-        buffers = [Buffer(f"in{i}", n.types[0].dtype, False) for i, n in enumerate(self.body.inputs.values())]
+        buffers = [
+            Buffer(f"in{i}", n.types[0].dtype, False)
+            for i, n in enumerate(self.body.inputs.values())
+        ]
         buffers += [Buffer(f"out{i}", v.dtype, True) for i, v in enumerate(self.results)]
-        return Kernel(self.name, self.loops, tuple(outer_loops), tuple(buffers), tuple(stores), str(self.body))
+        return Kernel(
+            self.name, self.loops, tuple(outer_loops), tuple(buffers), tuple(stores), str(self.body)
+        )
 
     # ---- loops
 
@@ -142,7 +160,12 @@ class _Pull:
         for loop, coefficient in remainder:
             if 0 < coefficient < divisor and divisor % coefficient == 0:
                 factor = divisor // coefficient
-                if self.loops[loop].extent > factor or low == 0 and len(remainder) == 1 and self.loops[loop].extent > factor:
+                if (
+                    self.loops[loop].extent > factor
+                    or low == 0
+                    and len(remainder) == 1
+                    and self.loops[loop].extent > factor
+                ):
                     raise _Split(loop, factor)
         raise CannotLower(f"{self.name}: index {index} divided by {divisor} is not affine")
 
@@ -160,28 +183,46 @@ class _Pull:
                 self.memo[key] = Expr("load", (), value.dtype, attributes)
             elif node.op == "constant":
                 if value.type.size != 1:
-                    raise CannotLower(f"{node.describe()}: a constant of {value.type} must be an operand of the region")
-                self.memo[key] = Expr("constant", (), value.dtype, {"value": node.attrs["value"].item()})
+                    raise CannotLower(
+                        f"{node.describe()}: a constant of {value.type} must be an operand of the region"
+                    )
+                self.memo[key] = Expr(
+                    "constant", (), value.dtype, {"value": node.attrs["value"].item()}
+                )
             else:
                 rule = get(node.op).lower
                 if rule is None:
                     raise CannotLower(f"{node.describe()}: has no lowering and was not decomposed")
-                self.memo[key] = self.without_idle_bounds(rule(_Rule(self, node, index), node, value.index, index))
+                self.memo[key] = self.without_idle_bounds(
+                    rule(_Rule(self, node, index), node, value.index, index)
+                )
         return self.memo[key]
 
     def without_idle_bounds(self, expr: Expr) -> Expr:
         """Drop checks that hold for every value of the loops."""
         if expr.op == "reduce":
             body = self.without_idle_bounds(expr.args[0])
-            return Expr("reduce", (body,), expr.dtype, expr.attributes) if body is not expr.args[0] else expr
+            return (
+                Expr("reduce", (body,), expr.dtype, expr.attributes)
+                if body is not expr.args[0]
+                else expr
+            )
         if expr.op == "mul":
             parts = tuple(self.without_idle_bounds(a) for a in expr.args)
-            return expr if all(a is b for a, b in zip(parts, expr.args, strict=True)) else Expr("mul", parts, expr.dtype)
+            return (
+                expr
+                if all(a is b for a, b in zip(parts, expr.args, strict=True))
+                else Expr("mul", parts, expr.dtype)
+            )
         if expr.op != "within":
             return expr
         bounds = tuple((i, n) for i, n in expr.attributes["bounds"] if not self.always_within(i, n))
         inside = self.without_idle_bounds(expr.args[0])
-        return Expr("within", (inside, expr.args[1]), expr.dtype, {"bounds": bounds}) if bounds else inside
+        return (
+            Expr("within", (inside, expr.args[1]), expr.dtype, {"bounds": bounds})
+            if bounds
+            else inside
+        )
 
     def always_within(self, index: Index, extent: int) -> bool:
         reach = [(c * (self.loops[n].extent - 1), self.loops[n]) for n, c in index.terms]
@@ -239,4 +280,9 @@ class _Rule:
         loops = tuple(p for n in names for p in pull.parts(n))
         if not loops:
             return inner if combine != "argmax" else reduce(combine, inner, ())
-        return Expr("reduce", (inner,), "int32" if combine == "argmax" else inner.dtype, {"combine": combine, "loops": loops})
+        return Expr(
+            "reduce",
+            (inner,),
+            "int32" if combine == "argmax" else inner.dtype,
+            {"combine": combine, "loops": loops},
+        )

@@ -57,14 +57,19 @@ def lower_graph(graph: Graph) -> dict[str, Kernel]:
             except CannotLower as error:
                 failures.append(f"{node.describe()}: {error}")
     if failures:
-        raise errors.CompileError(f"{len(failures)} nodes cannot be compiled:\n  " + "\n  ".join(failures))
+        raise errors.CompileError(
+            f"{len(failures)} nodes cannot be compiled:\n  " + "\n  ".join(failures)
+        )
     return kernels
 
 
 def overwritable(kernel: Kernel, node: Node) -> tuple[tuple[int, int], ...]:
     """(result, operand) pairs that may share memory: each element is read before it is written, and
     only by the iteration that writes it."""
-    if any(e.op == "reduce" for e in kernel.expressions()) or len({s.loops for s in kernel.stores}) != 1:
+    if (
+        any(e.op == "reduce" for e in kernel.expressions())
+        or len({s.loops for s in kernel.stores}) != 1
+    ):
         return ()
     pairs = []
     operands = len(node.inputs)
@@ -75,8 +80,15 @@ def overwritable(kernel: Kernel, node: Node) -> tuple[tuple[int, int], ...]:
                 for e in kernel.expressions()
                 if e.op == "load" and e.attributes["access"].buffer == slot
             ]
-            same = all(dict(a.strides) == dict(store.access.strides) and a.offset == store.access.offset for a in loads)
-            if loads and same and kernel.buffers[slot].dtype == kernel.buffers[operands + number].dtype:
+            same = all(
+                dict(a.strides) == dict(store.access.strides) and a.offset == store.access.offset
+                for a in loads
+            )
+            if (
+                loads
+                and same
+                and kernel.buffers[slot].dtype == kernel.buffers[operands + number].dtype
+            ):
                 pairs.append((number, slot))
     return tuple(pairs)
 
@@ -96,8 +108,12 @@ def blocks(node: Node) -> int | None:
         if value.node.op in SOURCES or value.layout.lane_axis != 0:
             continue
         stride = value.layout.strides(value.shape)[0]
-        reach = access.offset + sum(s * (kernel.loops[n].extent - 1) for n, s in access.strides if n != _BLOCK and s > 0)
-        low = access.offset + sum(s * (kernel.loops[n].extent - 1) for n, s in access.strides if s < 0)
+        reach = access.offset + sum(
+            s * (kernel.loops[n].extent - 1) for n, s in access.strides if n != _BLOCK and s > 0
+        )
+        low = access.offset + sum(
+            s * (kernel.loops[n].extent - 1) for n, s in access.strides if s < 0
+        )
         guarded = any(e.op == "within" for e in kernel.expressions())
         if access.stride(_BLOCK) != stride or (not guarded and not 0 <= low <= reach < stride):
             return None
@@ -108,9 +124,13 @@ def blocks(node: Node) -> int | None:
 _BLOCK = "i0b"
 
 
-def plan_launches(graph: Graph, kernels: dict[str, Kernel], lanes: int, threads: int) -> list[Launch]:
+def plan_launches(
+    graph: Graph, kernels: dict[str, Kernel], lanes: int, threads: int
+) -> list[Launch]:
     """Schedules and sources in execution order."""
-    grouped = {name: count for count, names in graph.annotations.get("groups", ()) for name in names}
+    grouped = {
+        name: count for count, names in graph.annotations.get("groups", ()) for name in names
+    }
     launches = []
     for node in graph:
         if node.op == "fused":

@@ -10,14 +10,16 @@ from __future__ import annotations
 import itertools
 import math
 
-from graphc.codegen.cpu import known_factor
 from graphc.codegen.kernel import Access, Kernel, Loop, Schedule
+from graphc.codegen.reductions import known_factor
 from graphc.expr import Expr
 
 _COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14)
 
 
-def choose_schedule(kernel: Kernel, lanes: int, threads: int, blocks: str | None = None, together: int = 1) -> Schedule:
+def choose_schedule(
+    kernel: Kernel, lanes: int, threads: int, blocks: str | None = None, together: int = 1
+) -> Schedule:
     """The schedule of a kernel whose results already have their layouts. May split loops of the kernel.
 
     `blocks` names an outermost loop that is shared between threads by itself: the kernel runs within a
@@ -26,7 +28,11 @@ def choose_schedule(kernel: Kernel, lanes: int, threads: int, blocks: str | None
     _collapse(kernel, _bounded(kernel) | keep)
     fixed = _bounded(kernel)
     lane = _choose_lane(kernel, lanes, fixed)
-    tile = _choose_tile(kernel, lane, lanes, fixed, {blocks: together}) if lane or _main_reduction(kernel) else ()
+    tile = (
+        _choose_tile(kernel, lane, lanes, fixed, {blocks: together})
+        if lane or _main_reduction(kernel)
+        else ()
+    )
     outer = [n for n in kernel.outer if n != lane]
     counts = dict(tile)
     if blocks:
@@ -81,9 +87,15 @@ def _collapse(kernel: Kernel, fixed: set[str]) -> None:
     while position + 1 < len(kernel.outer):
         first, second = kernel.outer[position], kernel.outer[position + 1]
         extent = kernel.loops[second].extent
-        plain = not {first, second} & (fixed | lanes) and not any(kernel.loops[n].ragged for n in (first, second))
+        plain = not {first, second} & (fixed | lanes) and not any(
+            kernel.loops[n].ragged for n in (first, second)
+        )
         split = any(loop.block in (first, second) for loop in kernel.loops.values())
-        if plain and not split and all(a.stride(first) == a.stride(second) * extent for a in accesses):
+        if (
+            plain
+            and not split
+            and all(a.stride(first) == a.stride(second) * extent for a in accesses)
+        ):
             merged = kernel.loops.pop(first).extent * extent
             kernel.loops[second] = Loop(second, merged)
             kernel.substitute({first: ()})
@@ -200,14 +212,21 @@ def _choose_tile(
     candidates = [
         n
         for n in kernel.outer
-        if n not in (lane, *fixed, *blocks) and not kernel.loops[n].ragged and kernel.loops[n].extent > 1 and n in used
+        if n not in (lane, *fixed, *blocks)
+        and not kernel.loops[n].ragged
+        and kernel.loops[n].extent > 1
+        and n in used
     ]
     # Blocks of ragged lanes may be unrolled where the inner loop reads a padded layout and needs no tails.
     if lane and kernel.loops[lane].ragged and kernel.loops[lane].block in kernel.outer:
         block = kernel.loops[lane].block
         accesses = [a for f in _factors(main) for a in _operand(kernel, f)]
         straight = all(a.stride(lane) == 1 for a in _lane_accesses(kernel, lane))
-        if straight and all(a.padded == lane for a in accesses if a.stride(lane)) and kernel.loops[block].extent > 1:
+        if (
+            straight
+            and all(a.padded == lane for a in accesses if a.stride(lane))
+            and kernel.loops[block].extent > 1
+        ):
             candidates.append(block)
     best, best_cost = tuple(base), math.inf
     for pair in itertools.combinations(candidates, min(2, len(candidates))):
@@ -233,7 +252,13 @@ def _unrolled(
     """A few iterations of the innermost outer loop at once: independent chains hide latencies and share
     the work of addresses. Only counts that divide the loop, so that nothing is computed twice."""
     inner = next((n for n in reversed(kernel.outer) if n != lane), None)
-    if lane is None or inner is None or inner in fixed or inner in limits or kernel.loops[inner].ragged:
+    if (
+        lane is None
+        or inner is None
+        or inner in fixed
+        or inner in limits
+        or kernel.loops[inner].ragged
+    ):
         return ()
     if kernel.outer == (inner, lane):
         return ()  # one flat loop: memory sets the pace, and one kernel serves every size
@@ -241,7 +266,9 @@ def _unrolled(
         return ()
     extent = kernel.loops[inner].extent
     count = next((c for c in (4, 5, 3, 7, 2) if extent % c == 0), 1)
-    argmax = any(e.op == "reduce" and e.attributes["combine"] == "argmax" for e in kernel.expressions())
+    argmax = any(
+        e.op == "reduce" and e.attributes["combine"] == "argmax" for e in kernel.expressions()
+    )
     return ((inner, count),) if count > 1 and not (argmax and count > 5) else ()
 
 
@@ -290,11 +317,15 @@ def _tile_cost(kernel: Kernel, main: Expr, tile, lane: str | None, lanes: int) -
             # Addresses that x86 cannot form from a base and one stride are pointers of their own.
             far = math.prod(c for n, c in tile if a.stride(n) not in (0, 1, -1, lanes, 2 * lanes))
             pointers += max(0, far - 5)
-            size = _distinct(kernel, a, counts, loops) * (4 * lanes if lane and a.stride(lane) else 4)
+            size = _distinct(kernel, a, counts, loops) * (
+                4 * lanes if lane and a.stride(lane) else 4
+            )
             footprint += size
             if inner is not None and a.stride(inner):
                 step = counts.get(inner, 1)
-                more = _distinct(kernel, a, {**counts, inner: 2 * step}, loops) * (4 * lanes if lane and a.stride(lane) else 4)
+                more = _distinct(kernel, a, {**counts, inner: 2 * step}, loops) * (
+                    4 * lanes if lane and a.stride(lane) else 4
+                )
                 fresh += more - size
     # Operands that are used once may be memory operands; the smaller side stays in registers.
     need = accumulators + min(values) + (1 if max(values) > 1 else 0)
@@ -303,7 +334,9 @@ def _tile_cost(kernel: Kernel, main: Expr, tile, lane: str | None, lanes: int) -
     memory = (footprint if footprint > _L1_BYTES else fresh) / _L2_BYTES_PER_CYCLE
     # Each multiply-add chain starts and ends once a tile; stores to distant lines cost a little more.
     outside = 15.0 + 1.5 * accumulators
-    waste = math.prod(math.ceil(kernel.loops[n].extent / c) * c / kernel.loops[n].extent for n, c in tile)
+    waste = math.prod(
+        math.ceil(kernel.loops[n].extent / c) * c / kernel.loops[n].extent for n, c in tile
+    )
     cycles = max(issue, memory) + 0.3 * min(issue, memory) + outside
     return cycles / (accumulators * steps) * waste
 

@@ -26,6 +26,7 @@ from graphc.codegen.simd_host import LANES, host_lanes
 
 __all__ = ["Vocabulary", "host_lanes", "vocabulary"]
 
+
 def _static(argument):
     """Lists to tuples, so that factory arguments can be memoised."""
     return tuple(map(_static, argument)) if isinstance(argument, (list, tuple)) else argument

@@ -172,10 +172,16 @@ def tile_linear(rows: tuple[tuple[float, ...], ...]):
                     before = sums[row]
                     if abs(factor) == 1:
                         signed = part if factor > 0 else -part
-                        sums[row] = signed if before is None else (before + part if factor > 0 else before - part)
+                        sums[row] = (
+                            signed
+                            if before is None
+                            else (before + part if factor > 0 else before - part)
+                        )
                     else:
                         constant = Value(part.emitter, part.emitter.value(factor).ll)
-                        sums[row] = constant * part if before is None else fma(constant, part, before)
+                        sums[row] = (
+                            constant * part if before is None else fma(constant, part, before)
+                        )
             zero = parts[0].emitter.value(0.0).ll
             results = [zero if s is None else s.ll for s in sums]
             return make_tile(context, builder, operand.dtype, operand.lanes, results)

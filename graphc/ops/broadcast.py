@@ -27,7 +27,9 @@ def same_dtype(types: list[TensorType], what: str = "operands") -> str:
     """The one dtype of all types. Raises DTypeError naming the cast to insert."""
     kinds = list(dict.fromkeys(t.dtype for t in types))
     if len(kinds) > 1:
-        raise errors.DTypeError(f"{what} mix {' and '.join(kinds)}; convert one with gc.cast(x, {kinds[0]!r})")
+        raise errors.DTypeError(
+            f"{what} mix {' and '.join(kinds)}; convert one with gc.cast(x, {kinds[0]!r})"
+        )
     return kinds[0]
 
 

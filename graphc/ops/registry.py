@@ -108,7 +108,9 @@ def apply(op: str, *operands: Value, name: str | None = None, **attrs: Any) -> N
     for operand in operands:
         if isinstance(operand, Value):
             return operand.graph.add(op, operands, attrs, name=name)
-    raise errors.DeclarationError(f"{op}: needs a graph value; got {', '.join(type(o).__name__ for o in operands)}")
+    raise errors.DeclarationError(
+        f"{op}: needs a graph value; got {', '.join(type(o).__name__ for o in operands)}"
+    )
 
 
 def lift(x: Any, like: Value) -> Value:

@@ -70,7 +70,9 @@ def _product(roots: list[Fraction]) -> list[Fraction]:
     coefficients = [Fraction(1)]
     for root in roots:
         shifted = [Fraction(0), *coefficients]
-        coefficients = [s - root * c for s, c in zip(shifted, [*coefficients, Fraction(0)], strict=True)]
+        coefficients = [
+            s - root * c for s, c in zip(shifted, [*coefficients, Fraction(0)], strict=True)
+        ]
     return coefficients
 
 
@@ -101,7 +103,9 @@ def _infer_transform(types: list[TensorType], attrs: Attrs) -> list[TensorType]:
     points, taps = (int(d) for d in matrix.shape)
     tiles, rest = divmod(int(x.shape[-1]) - taps, attrs["step"])
     if rest or tiles < 0:
-        raise errors.ShapeError(f"a width of {x.shape[-1]} does not hold whole tiles of {taps} every {attrs['step']}")
+        raise errors.ShapeError(
+            f"a width of {x.shape[-1]} does not hold whole tiles of {taps} every {attrs['step']}"
+        )
     shape = list(x.shape[:-1])
     shape.insert(attrs["axis"], points)
     return [TensorType((*shape, tiles + 1), same_dtype(types))]
@@ -109,7 +113,9 @@ def _infer_transform(types: list[TensorType], attrs: Attrs) -> list[TensorType]:
 
 def _evaluate_transform(arrays: list[np.ndarray], attrs: Attrs) -> list[np.ndarray]:
     x, matrix = arrays
-    windows = np.lib.stride_tricks.sliding_window_view(x, matrix.shape[1], axis=-1)[..., :: attrs["step"], :]
+    windows = np.lib.stride_tricks.sliding_window_view(x, matrix.shape[1], axis=-1)[
+        ..., :: attrs["step"], :
+    ]
     return [np.moveaxis(np.matmul(windows, matrix.T), -1, attrs["axis"])]
 
 
@@ -206,15 +212,21 @@ def _lower_conv(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Ex
     n, p, o, h, t = index
     channels, taps = node.inputs[1].shape[2:4]
     return k.reduce(
-        "sum", (channels, taps), lambda c, kh: k.read(0, (n, p, c, h + kh, t)) * k.read(1, (p, o, c, kh, 0))
+        "sum",
+        (channels, taps),
+        lambda c, kh: k.read(0, (n, p, c, h + kh, t)) * k.read(1, (p, o, c, kh, 0)),
     )
 
 
 def _infer_input_grad(types: list[TensorType], attrs: Attrs) -> list[TensorType]:
     g, u = types
-    v = TensorType((g.shape[0], g.shape[1], u.shape[2], attrs["height"], g.shape[4]), same_dtype(types))
+    v = TensorType(
+        (g.shape[0], g.shape[1], u.shape[2], attrs["height"], g.shape[4]), same_dtype(types)
+    )
     if _infer_conv([v, u], attrs)[0] != g:
-        raise errors.ShapeError(f"cotangent {g} does not fit weights {u} and height {attrs['height']}")
+        raise errors.ShapeError(
+            f"cotangent {g} does not fit weights {u} and height {attrs['height']}"
+        )
     return [v]
 
 
@@ -222,7 +234,9 @@ def _evaluate_input_grad(arrays: list[np.ndarray], attrs: Attrs) -> list[np.ndar
     g, u = arrays
     out = np.zeros((g.shape[0], g.shape[1], u.shape[2], attrs["height"], g.shape[4]), g.dtype)
     for kh in range(u.shape[3]):
-        out[:, :, :, kh : kh + g.shape[3]] += np.einsum("npoht,poc->npcht", g, u[:, :, :, kh, 0], optimize=True)
+        out[:, :, :, kh : kh + g.shape[3]] += np.einsum(
+            "npoht,poc->npcht", g, u[:, :, :, kh, 0], optimize=True
+        )
     return [out]
 
 
@@ -276,9 +290,15 @@ def _lower_weight_grad(k: Lowering, node: Node, _: int, index: tuple[Index, ...]
 
 def _samples_transform() -> list[Sample]:
     rng = np.random.default_rng(60)
-    cases = (((2, 3, 9), (4, 5), 2, 1), ((1, 7), (3, 3), 1, 0), ((2, 1, 3, 5), (2, 5), 4, 1), ((3, 1), (1, 1), 1, 1))
+    cases = (
+        ((2, 3, 9), (4, 5), 2, 1),
+        ((1, 7), (3, 3), 1, 0),
+        ((2, 1, 3, 5), (2, 5), 4, 1),
+        ((3, 1), (1, 1), 1, 1),
+    )
     return [
-        Sample((rng.standard_normal(x), rng.standard_normal(m)), {"step": s, "axis": a}, (0,)) for x, m, s, a in cases
+        Sample((rng.standard_normal(x), rng.standard_normal(m)), {"step": s, "axis": a}, (0,))
+        for x, m, s, a in cases
     ]
 
 
@@ -291,7 +311,11 @@ def _samples_transform_grad() -> list[Sample]:
         ((2, 5, 3, 2), (5, 3), 3, 1, 6),
     )
     return [
-        Sample((rng.standard_normal(g), rng.standard_normal(m)), {"step": s, "axis": a, "width": w}, (0,))
+        Sample(
+            (rng.standard_normal(g), rng.standard_normal(m)),
+            {"step": s, "axis": a, "width": w},
+            (0,),
+        )
         for g, m, s, a, w in cases
     ]
 
@@ -317,7 +341,16 @@ def _samples(first: int, second: int, height: bool = False):
     return make
 
 
-register(OpDef("tile_transform", _infer_transform, _evaluate_transform, _vjp_transform, _lower_transform, _samples_transform))
+register(
+    OpDef(
+        "tile_transform",
+        _infer_transform,
+        _evaluate_transform,
+        _vjp_transform,
+        _lower_transform,
+        _samples_transform,
+    )
+)
 register(
     OpDef(
         "tile_transform_grad",

@@ -239,7 +239,8 @@ def barrier(control, threads):
 def drive_group(row, rows, thread, threads, stamp):
     """Runs the rows of a group on each block of this thread's share; returns the status.
 
-    Where there is a place for stamps, the time of all blocks is added up after the group's begin."""
+    Where there is a place for stamps, the time of all blocks is added up after the group's begin.
+    """
     blocks = load(row, ROW_BLOCKS)
     failed = 0
     if stamp != 0:

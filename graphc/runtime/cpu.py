@@ -99,8 +99,12 @@ class CpuExecutable(Executable):
         """Compile or fetch every kernel, and lay out two programs: what runs when parameters change, and
         what runs at every call."""
         rows = [launch for launch in self.launches if any(v.type.size for v in launch.node.outputs)]
-        loaded = load_kernels([KernelSource("kernel", launch.call.source) for launch in rows], progress=progress)
-        self.kernel_paths = dict(zip([launch.node.name for launch in rows], loaded.paths, strict=True))
+        loaded = load_kernels(
+            [KernelSource("kernel", launch.call.source) for launch in rows], progress=progress
+        )
+        self.kernel_paths = dict(
+            zip([launch.node.name for launch in rows], loaded.paths, strict=True)
+        )
         self.compiled_kernels = loaded.compiled
         self._team = get_team(self.threads)
         pairs = list(zip(rows, loaded.addresses, strict=True))
@@ -113,7 +117,10 @@ class CpuExecutable(Executable):
             self._team,
         )
         self._stale = True
-        self._outputs = [(name, self._view(v), v.layout.lane_axis is None) for name, v in self.graph.outputs.items()]
+        self._outputs = [
+            (name, self._view(v), v.layout.lane_axis is None)
+            for name, v in self.graph.outputs.items()
+        ]
         self._copied = [
             (self._view(self.graph.node(n)[0]), self._view(v))
             for n, v in self.graph.updates.items()
@@ -136,11 +143,17 @@ class CpuExecutable(Executable):
             shape, dtype = node.types[0].shape, np.dtype(node.types[0].dtype)
             default = node.attrs.get("default")
             default = None if default is None else np.asarray(default, dtype)
-            copied = node.types[0].nbytes <= _COPY_BYTES or name not in self._every.patches or self.check
+            copied = (
+                node.types[0].nbytes <= _COPY_BYTES or name not in self._every.patches or self.check
+            )
             staging = self._view(node[0]).reshape(shape) if copied else None
-            self._calls.append((name, node, shape, dtype, default, staging, self._every.patches.get(name)))
+            self._calls.append(
+                (name, node, shape, dtype, default, staging, self._every.patches.get(name))
+            )
 
-    def run(self, inputs: Mapping[str, Any], out: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+    def run(
+        self, inputs: Mapping[str, Any], out: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
         keep = []
         given = 0
         if out is not None:
@@ -154,7 +167,9 @@ class CpuExecutable(Executable):
                     array = default
                 else:
                     given += 1
-                    right = type(array) is np.ndarray and array.dtype == dtype and array.shape == shape
+                    right = (
+                        type(array) is np.ndarray and array.dtype == dtype and array.shape == shape
+                    )
                     if not (right and (staging is not None or array.flags.c_contiguous)):
                         array = checked_array(node, array)
                 if staging is None:
@@ -163,7 +178,9 @@ class CpuExecutable(Executable):
                 else:
                     staging[...] = array
             if given != len(inputs):
-                raise unknown_input(next(n for n in inputs if n not in self.inputs), list(self.inputs))
+                raise unknown_input(
+                    next(n for n in inputs if n not in self.inputs), list(self.inputs)
+                )
             if self.check:
                 return self._run_checked(out)
             self._execute()
@@ -174,10 +191,16 @@ class CpuExecutable(Executable):
         for name, view, plain in self._outputs:
             if out is not None and name in out:
                 outputs[name] = out[name]
-                out[name][...] = view if plain else read_layout(view, out[name].shape, self.graph.outputs[name].layout)
+                out[name][...] = (
+                    view
+                    if plain
+                    else read_layout(view, out[name].shape, self.graph.outputs[name].layout)
+                )
             else:
                 value = self.graph.outputs[name]
-                outputs[name] = view.copy() if plain else read_layout(view, value.shape, value.layout)
+                outputs[name] = (
+                    view.copy() if plain else read_layout(view, value.shape, value.layout)
+                )
         fresh = [(target, view.copy()) for target, view in self._copied]
         for target, contents in fresh:
             target[...] = contents
@@ -196,7 +219,9 @@ class CpuExecutable(Executable):
             named = {}
             for i, value in enumerate(node.inputs):
                 owner = root(value)
-                source = before[owner.node.name] if owner.node.op in SOURCES else self._logical(owner)
+                source = (
+                    before[owner.node.name] if owner.node.op in SOURCES else self._logical(owner)
+                )
                 named[f"operand{i}"] = source.reshape(value.shape)
             expected = interpret(node.attrs["body"], named).outputs
             for i, value in enumerate(node.outputs):
@@ -229,7 +254,9 @@ def _difference(got: np.ndarray, expected: np.ndarray) -> str:
     """What is wrong with a kernel's result, or "". Rounding differs; a value within 1e-4 of the largest
     is equal. The position of a maximum may differ where two elements are equal up to rounding."""
     if got.shape != expected.shape or got.size == 0:
-        return "" if got.shape == expected.shape else f"shape {got.shape} instead of {expected.shape}"
+        return (
+            "" if got.shape == expected.shape else f"shape {got.shape} instead of {expected.shape}"
+        )
     if expected.dtype.kind != "f":
         wrong = int((got != expected).sum())
         return f"{wrong} of {got.size} elements differ" if wrong > 0.01 * got.size else ""

@@ -46,7 +46,9 @@ class Executable:
     def __call__(self, **inputs: Any) -> dict[str, np.ndarray]:
         return self.run(inputs)
 
-    def run(self, inputs: Mapping[str, Any], out: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+    def run(
+        self, inputs: Mapping[str, Any], out: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
         """Run one step. `out` gives arrays to write outputs into (C-contiguous, of the output's type)."""
         raise NotImplementedError
 
@@ -67,11 +69,19 @@ class Executable:
     def _checked_out(self, out: Mapping[str, np.ndarray]) -> None:
         for name, array in out.items():
             if name not in self.graph.outputs:
-                raise errors.InputError(f"there is no output {name!r}; the outputs are {', '.join(self.output_names)}")
+                raise errors.InputError(
+                    f"there is no output {name!r}; the outputs are {', '.join(self.output_names)}"
+                )
             declared = self.graph.outputs[name].type
-            fits = isinstance(array, np.ndarray) and array.shape == declared.shape and array.dtype.name == declared.dtype
+            fits = (
+                isinstance(array, np.ndarray)
+                and array.shape == declared.shape
+                and array.dtype.name == declared.dtype
+            )
             if not fits or not array.flags.c_contiguous or not array.flags.writeable:
-                raise errors.InputError(f"out[{name!r}] must be a writable C-contiguous array {declared}")
+                raise errors.InputError(
+                    f"out[{name!r}] must be a writable C-contiguous array {declared}"
+                )
 
     # ---- state
 
@@ -86,7 +96,11 @@ class Executable:
 
         `optimizer=True` adds the optimizer's moments and counters, to resume training."""
         with self._lock:
-            return {n: self._read(n) for n, node in self.state_nodes.items() if optimizer or _persistent(node)}
+            return {
+                n: self._read(n)
+                for n, node in self.state_nodes.items()
+                if optimizer or _persistent(node)
+            }
 
     def load_state(self, state: Mapping[str, np.ndarray], strict: bool = True) -> None:
         """Set parameters and states from arrays by name. Nothing changes if one of them does not fit.
@@ -94,18 +108,28 @@ class Executable:
         Raises StateError: unknown or missing names (unless `strict=False`), wrong shapes."""
         known = self.state_nodes
         # Entries that only another executable of the network has (an optimizer's moments) are no error.
-        extra = [n for n in state if n not in known and not n.startswith("optimizer.") and n != "dropout.step"]
+        extra = [
+            n
+            for n in state
+            if n not in known and not n.startswith("optimizer.") and n != "dropout.step"
+        ]
         absent = [n for n, node in known.items() if n not in state and _persistent(node)]
         if strict and extra:
-            raise errors.StateError(f"load_state: the network has no {', '.join(map(repr, extra))} (strict=False skips)")
+            raise errors.StateError(
+                f"load_state: the network has no {', '.join(map(repr, extra))} (strict=False skips)"
+            )
         if strict and absent:
-            raise errors.StateError(f"load_state: missing {', '.join(map(repr, absent))} (strict=False keeps them)")
+            raise errors.StateError(
+                f"load_state: missing {', '.join(map(repr, absent))} (strict=False keeps them)"
+            )
         arrays = {}
         for name in known.keys() & state.keys():
             declared = known[name].types[0]
             array = np.asarray(state[name])
             if array.shape != declared.shape:
-                raise errors.StateError(f"load_state: {name!r} is {declared}, got shape {list(array.shape)}")
+                raise errors.StateError(
+                    f"load_state: {name!r} is {declared}, got shape {list(array.shape)}"
+                )
             arrays[name] = array.astype(declared.dtype)
         with self._lock:
             for name, array in arrays.items():
@@ -141,7 +165,9 @@ class Executable:
 
         return inspect.dump(self, folder)
 
-    def profile(self, inputs: Mapping[str, Any] | None = None, /, *, runs: int = 50, **named: Any) -> Profile:
+    def profile(
+        self, inputs: Mapping[str, Any] | None = None, /, *, runs: int = 50, **named: Any
+    ) -> Profile:
         """Time every launch over `runs` steps on inputs as for a call; `print` the result.
 
         Parameters and states are put back afterwards. Raises GraphcError for `target="interpret"`."""
@@ -169,7 +195,9 @@ class InterpretedExecutable(Executable):
         self._state: dict[str, np.ndarray] = {}
         self._initialise()
 
-    def run(self, inputs: Mapping[str, Any], out: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+    def run(
+        self, inputs: Mapping[str, Any], out: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
         arrays = self._checked(inputs)
         with self._lock:
             results = interpret(self.graph, arrays, self._state)

@@ -19,7 +19,9 @@ def checked_array(node: Node, given: Any) -> np.ndarray:
     try:
         array = np.asarray(given)
     except ValueError as error:
-        raise errors.InputError(f"input {node.name!r} expects {declared}; this is no array: {error}") from None
+        raise errors.InputError(
+            f"input {node.name!r} expects {declared}; this is no array: {error}"
+        ) from None
     if array.shape != declared.shape:
         raise errors.InputError(
             f"input {node.name!r} expects {declared}, got shape {list(array.shape)}: "
@@ -38,20 +40,28 @@ def _converted(node: Node, array: np.ndarray) -> np.ndarray:
             f"input {node.name!r} expects {declared}, got {array.dtype}: convert it with .astype({declared.dtype!r})"
         )
     if target.kind == "b" and kind != "b":
-        raise errors.InputError(f"input {node.name!r} expects {declared}, got {array.dtype}: compare it, e.g. x != 0")
+        raise errors.InputError(
+            f"input {node.name!r} expects {declared}, got {array.dtype}: compare it, e.g. x != 0"
+        )
     if target.kind == "i" and kind in "iu" and array.size:
         info = np.iinfo(target)
         low, high = int(array.min()), int(array.max())
         if low < info.min or high > info.max:
-            raise errors.InputError(f"input {node.name!r} expects {declared}; values {low} to {high} do not fit")
+            raise errors.InputError(
+                f"input {node.name!r} expects {declared}; values {low} to {high} do not fit"
+            )
     return array.astype(target)
 
 
 def unknown_input(name: str, known: list[str]) -> errors.InputError:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return errors.InputError(f"there is no input {name!r}; the inputs are {', '.join(map(repr, known)) or 'none'}{hint}")
+    return errors.InputError(
+        f"there is no input {name!r}; the inputs are {', '.join(map(repr, known)) or 'none'}{hint}"
+    )
 
 
 def missing_input(node: Node) -> errors.InputError:
-    return errors.InputError(f"input {node.name!r} {node.types[0]} is missing: pass {node.name}=...")
+    return errors.InputError(
+        f"input {node.name!r} {node.types[0]} is missing: pass {node.name}=..."
+    )

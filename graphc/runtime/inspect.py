@@ -1,4 +1,4 @@
-"""What an executable is made of, for people: kernels, memory, the compiler's choices, a dump folder."""
+"""What an executable is made of, for people: kernels, memory, the compiler's choices, a dump."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ class KernelInfo:
     tile      (loop, count): unrolled into registers
     order     outer loops as nested, outermost first
     parallel  how many of `order` are shared between the threads; 0: one thread runs it alone
+    blocks    of the batch, where it runs block by block with its neighbours; 0: by itself
+    prepared  whether it depends on parameters alone and runs only when they are loaded
     flops, bytes  work of one launch
     """
 
@@ -50,6 +52,8 @@ class KernelInfo:
     tile: tuple[tuple[str, int], ...]
     order: tuple[str, ...]
     parallel: int
+    blocks: int
+    prepared: bool
     flops: int
     bytes: int
 
@@ -58,12 +62,15 @@ class KernelInfo:
         loops = " ".join(f"{n}:{e}" for n, e in self.loops) or "none"
         tile = " x ".join(f"{c} {n}" for n, c in self.tile) or "none"
         shared = " ".join(self.order[: self.parallel]) or "none (one thread)"
+        if self.blocks:
+            shared = f"{self.blocks} blocks of the batch, each with the whole group"
+        when = "; runs when parameters are loaded" if self.prepared else ""
         lane = f"{self.lane} ({extents[self.lane]})" if self.lane else "none (scalar)"
         return (
             f"{self.name} ({self.kind}, {self.phase}): {', '.join(self.nodes)}\n"
             f"  loops {loops}\n"
             f"  lanes {lane}; register tile {tile}; order {' '.join(self.order) or '-'}; "
-            f"shared by threads {shared}\n"
+            f"shared by threads {shared}{when}\n"
             f"  {self.flops:,} operations, {size_text(self.bytes)}; {self.file}"
         )
 
@@ -74,8 +81,9 @@ class MemoryReport:
 
     arena_bytes: what the plan needs for all activations and workspaces. lower_bound: the largest
     set of values alive at once; no plan for this order needs less. total_without_reuse: if every
-    value had its own memory. parameter_bytes, state_bytes (running statistics, optimizer),
-    input_bytes, constant_bytes: outside the arena, for as long as the executable lives.
+    value had its own memory. parameter_bytes, prepared_bytes (what is computed from parameters
+    alone), state_bytes (running statistics, optimizer), input_bytes, constant_bytes: outside the
+    arena, for as long as the executable lives.
     plan: the `MemoryPlan`, with every value's offset and lifetime.
     """
 
@@ -83,6 +91,7 @@ class MemoryReport:
     lower_bound: int
     total_without_reuse: int
     parameter_bytes: int
+    prepared_bytes: int
     state_bytes: int
     input_bytes: int
     constant_bytes: int
@@ -91,17 +100,18 @@ class MemoryReport:
     @property
     def total_bytes(self) -> int:
         """All memory that the executable holds."""
-        outside = self.parameter_bytes + self.state_bytes + self.input_bytes + self.constant_bytes
-        return self.arena_bytes + outside
+        learned = self.parameter_bytes + self.prepared_bytes + self.state_bytes
+        return self.arena_bytes + learned + self.input_bytes + self.constant_bytes
 
     def __str__(self) -> str:
         saved = 1 - self.arena_bytes / self.total_without_reuse if self.total_without_reuse else 0.0
         over = self.arena_bytes / self.lower_bound - 1 if self.lower_bound else 0.0
         lines = [
-            f"activations   {size_text(self.arena_bytes):>10}  {100 * over:.1f}% above the bound of "
+            f"activations   {size_text(self.arena_bytes):>10}  {100 * over:.1f}% above the bound, "
             f"{size_text(self.lower_bound)}; without reuse {size_text(self.total_without_reuse)} "
             f"({100 * saved:.0f}% saved)",
             f"parameters    {size_text(self.parameter_bytes):>10}",
+            f"prepared      {size_text(self.prepared_bytes):>10}  computed from parameters alone",
             f"states        {size_text(self.state_bytes):>10}  running statistics, optimizer",
             f"inputs        {size_text(self.input_bytes):>10}",
             f"constants     {size_text(self.constant_bytes):>10}",
@@ -119,7 +129,7 @@ class MemoryReport:
 def launched(executable: Executable) -> list[Launch]:
     """The launches that are rows of the table: those that compute something."""
     launches: list[Launch] = getattr(executable, "launches", [])
-    return [launch for launch in launches if all(v.type.size for v in launch.node.outputs)]
+    return [launch for launch in launches if any(v.type.size for v in launch.node.outputs)]
 
 
 def kernels(executable: Executable) -> list[KernelInfo]:
@@ -141,6 +151,8 @@ def kernels(executable: Executable) -> list[KernelInfo]:
                 tuple(schedule.tile),
                 tuple(schedule.order),
                 schedule.parallel,
+                launch.blocks,
+                "prepared" in node.attrs,
                 kernel_flops(launch.kernel),
                 launch_bytes(launch),
             )
@@ -167,15 +179,17 @@ def memory(executable: Executable) -> MemoryReport:
     plan = executable.graph.annotations.get("memory")
     if plan is None:
         raise errors.GraphcError(_no_kernels(executable, "memory", "memory plan"))
-    held = {op: 0 for op in SOURCES}
+    held = dict.fromkeys((*SOURCES, "prepared"), 0)
     for node in executable.graph:
-        if node.op in SOURCES:
-            held[node.op] += stored_bytes(node[0])
+        kind = "prepared" if "prepared" in node.attrs else node.op
+        if kind in held:
+            held[kind] += sum(stored_bytes(value) for value in node.outputs)
     return MemoryReport(
         plan.arena_bytes,
         plan.lower_bound,
         plan.total_without_reuse,
         held["parameter"],
+        held["prepared"],
         held["state"],
         held["input"],
         held["constant"],
@@ -212,6 +226,7 @@ def explain(executable: Executable) -> str:
             "Layouts\n" + "\n".join(f"  {line}" for line in _layout_lines(graph)),
             "Layout conversions\n" + "\n".join(f"  {line}" for line in _conversion_lines(graph)),
             "Neighbours kept apart\n" + "\n".join(f"  {line}" for line in _apart_lines(graph)),
+            "Groups\n" + "\n".join(f"  {line}" for line in _group_lines(graph)),
             "Kernels\n" + "\n".join(_indent(str(info)) for info in kernels(executable)),
         ]
     return "\n\n".join(sections) + "\n"
@@ -299,6 +314,15 @@ def _apart_lines(graph: Graph) -> Iterator[str]:
         yield f"{producer} -> {consumer}: {reason}"
     if not reasons:
         yield "none"
+
+
+def _group_lines(graph: Graph) -> Iterator[str]:
+    """Kernels that run together on one block of the batch after the other, without barriers."""
+    groups: tuple[tuple[int, tuple[str, ...]], ...] = graph.annotations.get("groups", ())
+    for blocks, names in groups:
+        yield f"{blocks} blocks: {', '.join(names)}"
+    if not groups:
+        yield "none: every kernel is shared between the threads by itself"
 
 
 def _indent(text: str) -> str:
@@ -406,7 +430,8 @@ def _place(value: Value, plan: Any) -> str:
         root = root.node.inputs[0]
     offset = plan.offset(value)
     if offset is None:
-        return f"{root.name}@{root.node.op if root.node.op in SOURCES else 'in-place'}"
+        prepared = "prepared" if "prepared" in root.node.attrs else "in-place"
+        return f"{root.name}@{root.node.op if root.node.op in SOURCES else prepared}"
     return f"{value.name}@{offset}"
 
 

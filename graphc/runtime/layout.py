@@ -17,7 +17,9 @@ def write_layout(memory: np.ndarray, array: np.ndarray, layout: Layout) -> None:
     blocks = np.moveaxis(memory, -1, axis + 1)
     lead = (slice(None),) * axis
     head = array[(*lead, slice(0, full * lanes))]
-    blocks[(*lead, slice(0, full))] = head.reshape(*array.shape[:axis], full, lanes, *array.shape[axis + 1 :])
+    blocks[(*lead, slice(0, full))] = head.reshape(
+        *array.shape[:axis], full, lanes, *array.shape[axis + 1 :]
+    )
     if rest:
         blocks[(*lead, full)] = 0
         blocks[(*lead, full, slice(0, rest))] = array[(*lead, slice(full * lanes, None))]

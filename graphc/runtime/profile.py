@@ -1,4 +1,4 @@
-"""Where the time of a step goes: every launch timed by the driver, against what the machine can do."""
+"""Where the time of a step goes: every launch timed by the driver, beside the machine's limits."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ WARM_UP = 3
 class LaunchTime:
     """One row of the launch table.
 
-    seconds: median over the runs of the time of the slowest thread. balance: mean over the threads
-    of their time, as a share of the slowest's (1: equal). flops, bytes: see `graphc.runtime.work`.
-    share: of the time the machine needs at least for that work (its roofline), in `seconds`; `bound`
-    says which limit that is, "arithmetic" or "memory". layers: the user's layers it computes for.
+    seconds: median over the runs of the time of the slowest thread; of a kernel that runs block by
+    block with others, the sum over its blocks. balance: mean over the threads of their time, as a
+    share of the slowest's (1: equal). flops, bytes: see `graphc.runtime.work`. share: the least
+    time that the machine needs for that work (its roofline) over `seconds`; `bound` says which
+    limit that is, "arithmetic" or "memory". layers: the user's layers it computes for.
     """
 
     name: str
@@ -60,8 +61,8 @@ class LaunchTime:
 class Profile:
     """The times of all launches of an executable; `print(profile)` shows them as a table.
 
-    step: median seconds of a whole native step, barriers included. call: the same with Python's
-    part: checking and copying inputs and outputs. runs: how many steps were timed.
+    step: median seconds of a whole native step, barriers included, without stamps. call: the same
+    with Python's part: checking and copying inputs and outputs. runs: how many steps were timed.
     """
 
     graph: str
@@ -117,8 +118,8 @@ class Profile:
             f"{self.graph}: {len(self.launches)} launches, {self.threads} "
             f"thread{'s' if self.threads > 1 else ''}, medians of {self.runs} runs",
             *table(head, rows, left=3),
-            f"launches {1e6 * self.seconds:.1f} us, step {1e6 * self.step:.1f} us, call from Python "
-            f"{1e6 * self.call:.1f} us; {self.flops * 1e-9:.3g} GFLOP, {gflops:.1f} GFLOP/s, "
+            f"launches {1e6 * self.seconds:.1f} us, step {1e6 * self.step:.1f} us, "
+            f"call from Python {1e6 * self.call:.1f} us; {self.flops * 1e-9:.3g} GFLOP, {gflops:.1f} GFLOP/s, "
             f"{100 * gflops / self.machine.gflops:.0f}% of the measured {self.machine.gflops:.0f}",
         ]
         if len(phases) > 1:
@@ -154,16 +155,19 @@ class Profile:
             for t in range(self.threads)
         ]
         for thread in range(self.threads):
-            for row, launch in enumerate(self.launches):
-                begin, end = self._stamps[thread, row]
+            ended, group = 0.0, -1.0
+            for launch, (begin, end) in zip(self.launches, self._stamps[thread].tolist()):
+                # Rows that run block by block all begin with their group: shown one after the other.
+                shift = ended - begin if begin == group else 0.0
+                group, ended = begin, end + shift
                 event = {
                     "name": launch.name,
                     "cat": launch.phase,
                     "ph": "X",
                     "pid": 0,
                     "tid": thread,
-                    "ts": 1e6 * float(begin),
-                    "dur": 1e6 * float(end - begin),
+                    "ts": 1e6 * (begin + shift),
+                    "dur": 1e6 * (end - begin),
                     "args": {
                         "kind": launch.kind,
                         "layers": ", ".join(launch.layers),
@@ -182,12 +186,12 @@ def profile(executable: CpuExecutable, inputs: Mapping[str, Any], runs: int) -> 
 
     Raises InputError as a call does, GraphcError for an executable without kernels."""
     from graphc.bench.machine import measure_machine
-    from graphc.runtime.inspect import kernels, launched
+    from graphc.runtime.inspect import kernels
 
     if runs < 1:
         raise errors.GraphcError(f"profile: runs={runs}: at least one run is needed")
-    rows = executable._every.launches
-    if not rows:
+    program, team = executable._every, executable._team
+    if not program.launches:
         raise errors.GraphcError(
             f"profile: graph {executable.graph.name!r} has no kernels to time: its outputs are "
             "sources or empty"
@@ -195,18 +199,21 @@ def profile(executable: CpuExecutable, inputs: Mapping[str, Any], runs: int) -> 
     machine = measure_machine(executable.threads)
     # Arrays of the right type, kept alive: the launch table points at the large ones.
     arrays = executable._checked(inputs)
-    team = executable._team
-    taken = np.zeros((runs, executable.threads, len(rows), 2), np.int64)
-    calls = []
+    taken = np.zeros((runs, executable.threads, len(program.launches), 2), np.int64)
+    calls, steps = np.zeros(max(WARM_UP, runs)), np.zeros(runs)
     with executable._lock:
         before = executable.state(optimizer=True)
         try:
-            for _ in range(max(WARM_UP, min(runs, 20))):
+            for run in range(len(calls)):
                 start = time.perf_counter()
                 executable.run(arrays)
-                calls.append(time.perf_counter() - start)
+                calls[run] = time.perf_counter() - start
             for run in range(runs):
-                taken[run] = executable._every.run_timed()
+                start = time.perf_counter()
+                program.run()
+                steps[run] = time.perf_counter() - start
+            for run in range(runs):
+                taken[run] = program.run_timed()
         finally:
             executable.load_state(before, strict=False)
     seconds = taken / team._driver.ticks_per_second(at_least=0.05)
@@ -214,13 +221,12 @@ def profile(executable: CpuExecutable, inputs: Mapping[str, Any], runs: int) -> 
     slowest = each.max(axis=1)
     median = np.median(slowest, axis=0)
     balance = np.median(each.mean(axis=1) / np.maximum(slowest, 1e-12), axis=0)
-    steps = seconds[:, :, -1, 1].max(axis=1) - seconds[:, :, 0, 0].min(axis=1)
-    typical = int(np.argsort(steps)[runs // 2])
-    shown = seconds[typical] - seconds[typical].min()
+    typical = int(np.argsort(slowest.sum(axis=1))[runs // 2])
+    infos = {info.name: info for info in kernels(executable)}
     launches = []
-    for info, launch, time_, even in zip(kernels(executable), rows, median, balance, strict=True):
+    for launch, slow, even in zip(program.launches, median.tolist(), balance.tolist()):
+        info = infos[launch.node.name]
         flops, nbytes = kernel_flops(launch.kernel), launch_bytes(launch)
-        least = machine.seconds(flops, nbytes)
         launches.append(
             LaunchTime(
                 info.name,
@@ -228,11 +234,11 @@ def profile(executable: CpuExecutable, inputs: Mapping[str, Any], runs: int) -> 
                 info.phase,
                 info.layers,
                 info.file,
-                float(time_),
-                float(even),
+                slow,
+                even,
                 flops,
                 nbytes,
-                least / float(time_) if time_ else 0.0,
+                machine.seconds(flops, nbytes) / slow if slow else 0.0,
                 machine.bound(flops, nbytes),
             )
         )
@@ -241,10 +247,10 @@ def profile(executable: CpuExecutable, inputs: Mapping[str, Any], runs: int) -> 
         executable.threads,
         runs,
         float(np.median(steps)),
-        float(np.median(calls[-max(WARM_UP, len(calls) // 2) :])),
+        float(np.median(calls)),
         tuple(launches),
         machine,
-        shown,
+        seconds[typical] - seconds[typical].min(),
     )
 
 

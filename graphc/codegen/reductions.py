@@ -1,0 +1,306 @@
+"""Emit reductions: loops that carry accumulators, register tiles that fold, bounds that become limits."""
+
+from __future__ import annotations
+
+import math
+
+from graphc.codegen.emit import Emitter, Scope, Var
+from graphc.codegen.kernel import Kernel, Schedule
+from graphc.expr import Expr, Index
+
+_IDENTITY = {"sum": 0.0, "prod": 1.0, "max": -math.inf, "min": math.inf}
+_COMBINE = {"sum": "add", "prod": "mul", "max": "maximum", "min": "minimum"}
+
+
+class ReductionEmitter(Emitter):
+    """Emits `reduce` expressions; everything else is `Emitter`'s."""
+
+    def __init__(self, kernel: Kernel, schedule: Schedule, lanes: int):
+        super().__init__(kernel, schedule, lanes)
+        self.reduces = [e for e in kernel.expressions() if e.op == "reduce"]
+        self.depends = {id(r): _reduces_below(r) for r in self.reduces}
+
+    def _together(self, first: Expr, home: Scope, scope: Scope) -> list[Expr]:
+        """Reductions that can share the loops of `first`."""
+        group = [first]
+        loops = first.attributes["loops"]
+        for other in self.reduces:
+            if other is first or other.attributes["loops"] != loops or self.guard:
+                continue
+            if any((id(other), "", False) in s.values for s in scope.chain()):
+                continue
+            try:
+                same = self.home(self.kernel.free(other), scope) is home
+            except AssertionError:
+                continue
+            free_of_group = all(
+                id(m) not in self.depends[id(other)] and id(other) not in self.depends[id(m)]
+                for m in group
+            )
+            if same and free_of_group:
+                group.append(other)
+        return group
+
+    def _emit_reduce(self, expr: Expr, scope: Scope) -> Var:
+        loops = expr.attributes["loops"]
+        if any(self._unrolled(n) for n in loops):
+            return self._reduce_unrolled(expr, scope)
+        group = self._together(expr, scope, scope)
+        plain = [n for n in loops if n != self.lane]
+        accumulators = []
+        for member in group:
+            accumulators.append(self._start(member, scope))
+        inner = self.open_loops(scope, plain, self._clips(group, loops, scope))
+        for member, names in zip(group, accumulators, strict=True):
+            self._accumulate(member, names, inner)
+        self.close(inner, scope)
+        for member, names in zip(group, accumulators, strict=True):
+            scope.values[(id(member), self.guard, False)] = self._finish_reduce(
+                member, names, scope
+            )
+        return scope.values[(id(expr), self.guard, False)]
+
+    def _start(self, expr: Expr, scope: Scope) -> list[Var]:
+        """Declare accumulators: one, or best value and its position for argmax."""
+        body, axes = expr.args[0], self.axes(expr)
+        vector = self.lane in self.kernel.free(body)
+        combine = expr.attributes["combine"]
+
+        def declare(value: str, dtype: str) -> Var:
+            cast = self.factory(f"to_{dtype}", f'v.cast("{dtype}")')
+            text = f"{cast}({value})"
+            if vector:
+                text = f"{self.factory('splat', 'v.splat')}({text})"
+            if axes:
+                n = math.prod(self._counts(axes))
+                text = f"{self.factory(f'full_{n}', f'v.full({n})')}({text})"
+            return self._assign(scope, "acc", text, axes)
+
+        if combine == "argmax":
+            low = self._emit_constant(
+                Expr("constant", (), body.dtype, {"value": _lowest(body.dtype)}), scope
+            ).name
+            return [declare(low, body.dtype), declare("-1", "int32")]
+        if body.dtype == "bool":
+            raise AssertionError("bool reductions are cast before")
+        identity = _IDENTITY[combine]
+        if not body.dtype.startswith("float"):
+            identity = {"max": -(2**31), "min": 2**31 - 1}.get(
+                combine, int(identity) if math.isfinite(identity) else 0
+            )
+        start = self._emit_constant(
+            Expr("constant", (), body.dtype, {"value": identity}), scope
+        ).name
+        return [declare(start, body.dtype)]
+
+    def _accumulate(self, expr: Expr, names: list[Var], scope: Scope) -> None:
+        body, axes, combine = expr.args[0], self.axes(expr), expr.attributes["combine"]
+        product = (
+            self._product(body) if combine == "sum" and body.dtype.startswith("float") else None
+        )
+        if product:
+            # The factor that does not vary over lanes is loaded as a splat: one instruction with memory operand.
+            left, right = (
+                self.emit(f, scope, splat=self.lane in self.kernel.free(body)) for f in product
+            )
+            if axes:
+                a = self._operand(left, axes, scope)
+                b = self._operand(right, axes, scope)
+                fma = self.factory(f"fma_{len(a[1])}", f"v.tile_fma({a[1]}, {b[1]})")
+                scope.add(f"{names[0].name} = {fma}({names[0].name}, {a[0]}, {b[0]})")
+            else:
+                fma = self.factory("fma", "v.fma")
+                value = self._masked(
+                    f"{fma}({left.name}, {right.name}, {names[0].name})", names[0].name, scope, body
+                )
+                scope.add(f"{names[0].name} = {value}")
+            return
+        value = self.emit(body, scope)
+        text = self.spread(value, axes, scope)
+        if combine == "argmax":
+            position = self._argmax_position(expr, scope)
+            better = self._assign(
+                scope, "better", f"{self.factory('gt', 'v.gt')}({text}, {names[0].name})", axes
+            )
+            select = self.factory("select", "v.select")
+            # A first NaN wins and stays: it is better than any number, and nothing is better than it.
+            isnan = f"{self.factory('and_', 'v.and_')}({self.factory('ne', 'v.ne')}({text}, {text}), {self.factory('eq', 'v.eq')}({names[0].name}, {names[0].name}))"
+            first = f"{self.factory('lt', 'v.lt')}({names[1].name}, 0)"
+            or_ = self.factory("or_", "v.or_")
+            win = self._assign(scope, "win", f"{or_}({or_}({better.name}, {isnan}), {first})", axes)
+            scope.add(f"{names[0].name} = {select}({win.name}, {text}, {names[0].name})")
+            scope.add(f"{names[1].name} = {select}({win.name}, {position}, {names[1].name})")
+            return
+        function = self.factory(_COMBINE[combine], f"v.{_COMBINE[combine]}")
+        update = self._masked(f"{function}({names[0].name}, {text})", names[0].name, scope, body)
+        scope.add(f"{names[0].name} = {update}")
+
+    def _masked(self, update: str, keep: str, scope: Scope, body: Expr) -> str:
+        """Lanes past the end of a ragged vector keep what they have."""
+        if (
+            self.lane in self.kernel.free(body)
+            and self.kernel.loops[self.lane].ragged
+            and self._lane_is_reduced
+        ):
+            select, mask = (
+                self.factory("select", "v.select"),
+                self.factory("tail_mask", "v.tail_mask"),
+            )
+            return f"{select}({mask}({self.tail(scope)}), {update}, {keep})"
+        return update
+
+    @property
+    def _lane_is_reduced(self) -> bool:
+        return self.lane is not None and self.lane not in self.kernel.outer
+
+    def _product(self, body: Expr) -> tuple[Expr, Expr] | None:
+        """The two factors of a body that is one product, a bounds check that loops were cut to apart."""
+        while body.op == "within" and all(
+            (id(body), i) in self.clipped for i in range(len(body.attributes["bounds"]))
+        ):
+            body = body.args[0]
+        if body.op != "mul" or not (self.axes(body) or not self._lane_is_reduced or True):
+            return None
+        return body.args[0], body.args[1]
+
+    def _operand(
+        self, value: Var, axes: tuple[str, ...], scope: Scope
+    ) -> tuple[str, tuple[int, ...]]:
+        if not value.axes:
+            one = self.factory("full_1", "v.full(1)")
+            return f"{one}({value.name})", (0,) * math.prod(self._counts(axes))
+        return value.name, self._positions(axes, value.axes)
+
+    def _argmax_position(self, expr: Expr, scope: Scope) -> str:
+        index, stride = Index(), 1
+        for name in reversed(expr.attributes["loops"]):
+            index = index + Index.of(name) * stride
+            stride *= self.kernel.loops[name].extent
+        cast = self.factory("to_int32", 'v.cast("int32")')
+        return f"{cast}({self.integer(index, scope)})"
+
+    def _finish_reduce(self, expr: Expr, names: list[Var], scope: Scope) -> Var:
+        combine = expr.attributes["combine"]
+        result = names[-1]
+        if self.lane in self.kernel.free(expr.args[0]) and self.lane in expr.attributes["loops"]:
+            name = self.factory(f"{combine}_of_lanes", f'v.reduce_lanes("{combine}")')
+            return self._assign(scope, combine, f"{name}({result.name})", result.axes)
+        return result
+
+    def _reduce_unrolled(self, expr: Expr, scope: Scope) -> Var:
+        """A reduction whose loops are register-tile axes: a fold over elements of the tile."""
+        body, combine = expr.args[0], expr.attributes["combine"]
+        axes = self.axes(expr)
+        factors = known_factor(body) if combine == "sum" else None
+        if factors and axes:
+            return self._linear(expr, *factors, scope)
+        value = self.emit(body, scope)
+        all_axes = tuple(n for n in self.tile if n in axes or n in expr.attributes["loops"])
+        full = self.spread(value, all_axes, scope)
+        groups: list[list[tuple[int, int]]] = [[] for _ in range(math.prod(self._counts(axes)))]
+        kept = self._positions(all_axes, axes)
+        order = self._positions(all_axes, expr.attributes["loops"])
+        for flat, target in enumerate(kept):
+            groups[target].append((order[flat], flat))
+        chosen = tuple(tuple(flat for _, flat in sorted(g)) for g in groups)
+        if combine == "argmax":
+            name = self.factory("argmax_of_tile", f"v.tile_argmax({chosen})")
+            result = self._assign(scope, "argmax", f"{name}({full})[1]", axes)
+        else:
+            name = self.factory(f"{combine}_of_tile", f'v.tile_combine("{combine}", {chosen})')
+            result = self._assign(scope, combine, f"{name}({full})", axes)
+        if not axes:
+            result = self._assign(scope, combine, f"{result.name}[0]", ())
+        return result
+
+    def _linear(self, expr: Expr, matrix: Expr, other: Expr, scope: Scope) -> Var:
+        """A sum over tile axes of products with a constant matrix: its entries are written into the code."""
+        value, axes = self.emit(other, scope), self.axes(expr)
+        access, data = matrix.attributes["access"], matrix.attributes["known"].reshape(-1)
+        rows = []
+        for out in self._digits(axes):
+            row = []
+            for element in self._digits(value.axes):
+                meets = all(element[n] == out[n] for n in value.axes if n in out)
+                place = {**out, **element}
+                at = access.offset + sum(s * place[n] for n, s in access.strides)
+                row.append(float(data[at]) if meets else 0.0)
+            rows.append(tuple(row))
+        name = self.factory("linear", f"v.tile_linear({tuple(rows)})")
+        return self._assign(scope, "sum", f"{name}({value.name})", axes)
+
+    def _clips(
+        self, group: list[Expr], loops: tuple[str, ...], scope: Scope
+    ) -> dict[str, list[tuple[str, str]]]:
+        """Turn bounds checks that cannot add to the result into loop limits."""
+        if len(group) > 1:
+            return {}
+        clips: dict[str, list[tuple[str, str]]] = {}
+        for expr in _clippable(group[0]):
+            for number, (index, extent) in enumerate(expr.attributes["bounds"]):
+                inner = [n for n in loops if n in dict(index.terms) and n != self.lane]
+                if not inner or any(n in self.tile or n == self.lane for n, _ in index.terms):
+                    continue
+                loop = inner[-1]
+                coefficient = dict(index.terms)[loop]
+                rest = Index(tuple((n, c) for n, c in index.terms if n != loop), index.constant)
+                text = f"({self.integer(rest, scope)})"
+                if coefficient > 0:
+                    low = f"-({text} // {coefficient})"
+                    high = f"({extent - 1} - {text}) // {coefficient} + 1"
+                else:
+                    low = f"-(({extent - 1} - {text}) // {-coefficient})"
+                    high = f"{text} // {-coefficient} + 1"
+                clips.setdefault(loop, []).append((low, high))
+                self.clipped.add((id(expr), number))
+        return clips
+
+
+def _reduces_below(expr: Expr) -> frozenset[int]:
+    found: set[int] = set()
+
+    def visit(e: Expr) -> None:
+        for arg in e.args:
+            if arg.op == "reduce":
+                found.add(id(arg))
+            visit(arg)
+
+    visit(expr)
+    return frozenset(found)
+
+
+def known_factor(body: Expr) -> tuple[Expr, Expr] | None:
+    """(constant matrix, other factor) of a product in which the compiler knows one operand's contents."""
+    if body.op != "mul":
+        return None
+    for matrix, other in (body.args, body.args[::-1]):
+        if matrix.op == "load" and "known" in matrix.attributes:
+            return matrix, other
+    return None
+
+
+def _lowest(dtype: str) -> float | int:
+    return -math.inf if dtype.startswith("float") else -(2**31)
+
+
+def _clippable(reduction: Expr) -> list[Expr]:
+    """`within` nodes whose outside value leaves the reduction unchanged."""
+    combine = reduction.attributes["combine"]
+    found: list[Expr] = []
+
+    def visit(expr: Expr) -> None:
+        if expr.op == "within":
+            outside = expr.args[1]
+            neutral = {"sum": 0, "max": -math.inf, "argmax": -math.inf, "min": math.inf, "prod": 1}[
+                combine
+            ]
+            if outside.op == "constant" and outside.attributes["value"] == neutral:
+                found.append(expr)
+                if combine != "sum":
+                    visit(expr.args[0])
+        if combine == "sum" and expr.op in ("mul", "within"):
+            for arg in expr.args[: 1 if expr.op == "within" else 2]:
+                visit(arg)
+
+    visit(reduction.args[0])
+    return found
