@@ -5,6 +5,7 @@ import gzip
 import importlib.util
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -129,6 +130,20 @@ def test_without_matplotlib_there_is_a_note_and_the_rest(folder, tmp_path, monke
     assert 'pip install "graphc-nn[plot]"' in shown
     assert (tmp_path / "history.csv").exists() and (tmp_path / "graph.svg").exists()
     assert not (tmp_path / "graph.png").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+def test_interrupted_run_leaves_a_checkpoint(folder, tmp_path):
+    command = [sys.executable, "-m", "graphc", "train", "mlp", "--target", "interpret"]
+    command += ["--data", str(folder), "--epochs", "9999", "--batch", "16", "--out", str(tmp_path)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+        assert any("epoch" in line for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in errors and "Traceback" not in errors
+    assert "history.losses" in load(tmp_path / "checkpoint.safetensors")
 
 
 @needs_digits

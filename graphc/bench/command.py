@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from graphc import errors
 from graphc.bench import rounds
@@ -87,12 +88,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="benchmark",
         description="Time networks compiled by graphc beside other libraries, in turns.",
     )
-    names = {"nargs": "+", "default": []}
-    parser.add_argument("--models", **names, help=f"default: all of {', '.join(MODELS)}")
-    parser.add_argument("--batches", type=int, **names, help="default: each model's own")
+    models = f"default: all of {', '.join(MODELS)}"
+    peers = f"default: all installed of {', '.join(PEERS)}"
+    parser.add_argument("--models", nargs="+", default=[], help=models)
+    parser.add_argument(
+        "--batches", nargs="+", type=int, default=[], help="default: the models' own"
+    )
     parser.add_argument("--modes", nargs="+", default=list(MODES), help="infer train")
-    parser.add_argument("--threads", type=int, **names, help="default: 1 and all cores")
-    parser.add_argument("--peers", **names, help=f"default: all installed of {', '.join(PEERS)}")
+    parser.add_argument(
+        "--threads", nargs="+", type=int, default=[], help="default: 1 and all cores"
+    )
+    parser.add_argument("--peers", nargs="+", default=[], help=peers)
     parser.add_argument("--rounds", type=int, help=f"default: {rounds.Plan().rounds}")
     parser.add_argument("--quick", action="store_true", help="few, short rounds: rough figures")
     parser.add_argument("--out", default=Options.out, help="folder for JSON, CSV and pictures")

@@ -11,7 +11,9 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -61,9 +63,8 @@ def kernel(args, thread, threads):
     store_tile(out, thread * {stored}, (0,), sums)
 """
 
-# Bytes that all threads read together: one that stays in L1 and L2 of each core, in L3, in none.
-_PRIVATE = (16 << 10, 256 << 10)
-_SHARED = (8 << 20, 128 << 20)
+_CACHES = (32 << 10, 512 << 10, 8 << 20)  # L1 and L2 of a core, L3 of all, where none are told
+_MOST = 256 << 20
 _TRIES = 15
 _SECONDS = 0.002  # one measurement takes about this long: short ones fall between interruptions
 
@@ -72,8 +73,8 @@ _SECONDS = 0.002  # one measurement takes about this long: short ones fall betwe
 class Machine:
     """Measured limits of `threads` threads together.
 
-    gflops: multiply-adds counted as two operations, in 1e9 a second. read: (bytes of the working
-    set, bytes read in 1e9 a second) from the smallest to the largest working set.
+    gflops: multiply-adds counted as two operations, in 1e9 a second. read: (largest working set
+    in bytes, bytes read in 1e9 a second) of L1, L2, L3 and memory.
     """
 
     name: str
@@ -84,26 +85,32 @@ class Machine:
     read: tuple[tuple[int, float], ...]
 
     def bandwidth(self, nbytes: float) -> float:
-        """GB/s at which a working set of `nbytes` can be read: that of the next larger one measured."""
+        """GB/s at which a working set of `nbytes` is read: that of the cache that it fits."""
         for size, speed in self.read:
             if nbytes <= size:
                 return speed
         return self.read[-1][1]
 
-    def seconds(self, flops: float, nbytes: float) -> float:
-        """The least time for that work: the roofline (Williams, Waterman & Patterson 2009)."""
-        return max(flops / self.gflops, nbytes / self.bandwidth(nbytes)) * 1e-9
+    def seconds(self, flops: float, nbytes: float, together: float | None = None) -> float:
+        """The least time for that work: the roofline (Williams, Waterman & Patterson 2009).
 
-    def bound(self, flops: float, nbytes: float) -> str:
-        """Which limit work meets first: "arithmetic" or "memory"."""
-        slower = nbytes / self.bandwidth(nbytes) > flops / self.gflops
-        return "memory" if slower else "arithmetic"
+        together: bytes that are in use at the same time, where that is not all of `nbytes`."""
+        return max(self._limits(flops, nbytes, together))
+
+    def bound(self, flops: float, nbytes: float, together: float | None = None) -> str:
+        """Which limit that work meets first: "arithmetic" or "memory"."""
+        arithmetic, memory = self._limits(flops, nbytes, together)
+        return "memory" if memory > arithmetic else "arithmetic"
+
+    def _limits(self, flops: float, nbytes: float, together: float | None) -> tuple[float, float]:
+        speed = self.bandwidth(nbytes if together is None else together)
+        return flops / self.gflops * 1e-9, nbytes / speed * 1e-9
 
     def __str__(self) -> str:
-        levels = ", ".join(f"{_size(n)}: {s:.0f} GB/s" for n, s in self.read)
+        levels = ", ".join(f"up to {_size(n)} {s:.0f} GB/s" for n, s in self.read[:-1])
         return (
             f"{self.name}, {self.threads} of {self.cores} cores, {self.lanes} float32 lanes: "
-            f"{self.gflops:.0f} GFLOP/s, reads {levels}"
+            f"{self.gflops:.0f} GFLOP/s, reads {levels}, memory {self.read[-1][1]:.0f} GB/s"
         )
 
 
@@ -130,21 +137,49 @@ def measure_machine(threads: int) -> Machine:
     seconds = _best(addresses[0], threads, lambda n: (data, out, steps * n))
     gflops = 2.0 * steps * tile * lanes * threads / seconds * 1e-9
 
-    levels = []
     block = 8 * lanes
-    data = aligned_zeros(max(_SHARED) + 4 * threads * block).view(np.float32)
+    first, second, third = cache_sizes()
+    private, shared = (first * threads, second * threads), (third, min(4 * third, _MOST))
+    data = aligned_zeros(max(shared) + 4 * threads * block).view(np.float32)
     data += 0  # touch every page: untouched ones all show the same page of zeros
-    for nbytes in (*(threads * n for n in _PRIVATE), *_SHARED):
-        each = max(1, nbytes // (4 * block * threads))
-        seconds = _best(
-            addresses[1], threads, lambda n, each=each: (data, out, each, n), nbytes in _SHARED
-        )
+    levels = []
+    for nbytes in (*private, *shared):
+        # Half of a cache, so that code and other data find room; all of what is larger than any.
+        used = nbytes if nbytes == shared[1] else nbytes // 2
+        each = max(1, used // (4 * block * threads))
+        arrays = functools.partial(_read_arguments, data, out, each)
+        seconds = _best(addresses[1], threads, arrays, nbytes in shared)
         levels.append((nbytes, 4.0 * block * each * threads / seconds * 1e-9))
     name = cpu_name()
     return Machine(name, available_cores(), threads, lanes, gflops, tuple(levels))
 
 
-def _best(address: int, threads: int, arguments, shared: bool = False) -> float:
+def _read_arguments(data: np.ndarray, out: np.ndarray, steps: int, repeats: int) -> tuple:
+    return data, out, steps, repeats
+
+
+def cache_sizes() -> tuple[int, int, int]:
+    """Bytes of the L1 data and L2 cache of a core and of the L3 that cores share.
+
+    From Linux's description of the first core; elsewhere common sizes."""
+    sizes = list(_CACHES)
+    for index in range(8):
+        folder = Path(f"/sys/devices/system/cpu/cpu0/cache/index{index}")
+        try:
+            level, kind, size = (
+                (folder / name).read_text().strip() for name in ("level", "type", "size")
+            )
+            if kind != "Instruction" and level in "123":
+                scale = {"K": 10, "M": 20}[size[-1]]
+                sizes[int(level) - 1] = int(size[:-1]) << scale
+        except (OSError, ValueError, KeyError, IndexError):
+            continue
+    return sizes[0], sizes[1], max(sizes[2], 2 * sizes[1])
+
+
+def _best(
+    address: int, threads: int, arguments: Callable[[int], tuple], shared: bool = False
+) -> float:
     """Seconds of one repeat of a kernel, the best of some tries: other programs only slow it down.
 
     `arguments(repeats)` are the kernel's: arrays and integers. Each thread's best try counts, which

@@ -3,10 +3,12 @@
 Reads commands, one JSON line each, from its standard input and answers with one line each. Between
 commands it is blocked on the pipe, so that only the process that was asked runs:
 
-    {"do": "build"}              -> {"setup": seconds, "variant": ..., "check": [...], "iteration": seconds}
-    {"do": "burst", "calls": k}  -> {"median": seconds, "best": seconds}
-    {"do": "memory"}             -> {"peak": bytes, "imported": bytes}
-    {"do": "machine"}            -> the fields of `graphc.bench.machine.Machine`
+    {"do": "build"}              {"setup": s, "variant": ..., "check": [...], "iteration": s}
+    {"do": "burst", "calls": k}  {"median": s, "best": s}
+    {"do": "memory"}             {"peak": bytes, "imported": bytes}
+    {"do": "machine"}            the fields of `graphc.bench.machine.Machine`
+
+Times are in seconds. A command that fails is answered by {"error": ...}.
 """
 
 from __future__ import annotations

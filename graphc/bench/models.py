@@ -1,4 +1,4 @@
-"""What is measured: networks of the zoo, and one piece of work: a network, a batch, a mode, threads."""
+"""What is measured: networks of the zoo; and one piece of work: network, batch, mode, threads."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Model:
     train: tuple[int, ...]
 
 
-# To measure another network of the zoo, add a line; `graphc.bench.translate` writes it for the peers.
+# To measure another network of the zoo, add a line: `translate` writes it for the peers.
 MODELS: dict[str, Model] = {
     "lenet5": Model(zoo.lenet5, infer=(1, 64), train=(64,)),
     "mlp": Model(zoo.mlp, infer=(1, 64), train=(64,)),

@@ -1,4 +1,4 @@
-"""A declared graph as an ONNX model, for the libraries that read one. Needs `onnx`, and no PyTorch."""
+"""A declared graph as an ONNX model, for the libraries that read one. Needs `onnx`, not PyTorch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def onnx_model(graph: Graph, weights: Mapping[str, np.ndarray]) -> bytes:
 
     types = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32}
     arrays = {**weights, **{n.name: n.attrs["value"] for n in graph if n.op == "constant"}}
-    nodes, extra = [], []
+    nodes: list[Any] = []
+    extra: list[Any] = []
 
     def integers(name: str, values: Any) -> str:
         extra.append(numpy_helper.from_array(np.array(values, np.int64), name))
@@ -34,8 +35,8 @@ def onnx_model(graph: Graph, weights: Mapping[str, np.ndarray]) -> bytes:
         write = _WORDS.get(step.op)
         if write is None:
             raise errors.GraphcError(
-                f"{step.node.describe()}: the benchmark cannot write {step.op!r} for ONNX: add it to "
-                "graphc.bench.onnx_model"
+                f"{step.node.describe()}: the benchmark cannot write {step.op!r} for ONNX: "
+                "add it to graphc.bench.onnx_model"
             )
         op, operands, attributes = write(step, [_name(v) for v in step.inputs if v is not None])
         names = [

@@ -1,8 +1,8 @@
 """The libraries that are measured: one class each, which builds the step of a piece of work.
 
-Nothing is imported before `load`, which runs in the peer's own process. A step is a function without
-arguments: NumPy arrays go in and a NumPy array comes out (inference), or a batch of NumPy arrays
-goes in, forward, backward and update run, and the loss comes out (training).
+Nothing is imported before `load`, which runs in the peer's own process. A step is a function
+without arguments: NumPy arrays go in and a NumPy array comes out (inference), or a batch of NumPy
+arrays goes in, forward, backward and update run, and the loss comes out (training).
 """
 
 from __future__ import annotations

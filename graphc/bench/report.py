@@ -75,9 +75,10 @@ class Report:
         """Machine, date and versions, one line each."""
         lines = []
         for threads, m in sorted(self.machines.items()):
+            memory = m["read"][-1][1]
             lines.append(
                 f"{m['name']}, {m['cores']} cores, {m['lanes']} float32 lanes; {threads} thread"
-                f"{'s' if threads > 1 else ''}: {m['gflops']:.0f} GFLOP/s, memory {m['read'][-1][1]:.0f} GB/s"
+                f"{'s' if threads > 1 else ''}: {m['gflops']:.0f} GFLOP/s, memory {memory:.0f} GB/s"
             )
         versions = ", ".join(f"{PEERS[n].title} {v}" for n, v in self.versions.items())
         lines.append(
@@ -151,7 +152,7 @@ class Report:
         return written + self.plot(folder)
 
     def plot(self, folder: Path) -> list[Path]:
-        """Bars of time relative to graphc, a panel for each piece of work; [] without matplotlib."""
+        """Bars of times, a panel for each piece of work; [] without matplotlib."""
         try:
             from matplotlib.figure import Figure
         except ImportError:
@@ -180,11 +181,11 @@ class Report:
 
 
 LEGEND = (
-    "ms: median of the rounds' medians; middle half: where half of the rounds lie; best: fastest call; "
-    "ratio: time over graphc's in the same round (above 1: graphc is faster), with its middle half; "
-    "GFLOP/s: the network's convolutions and products counted as direct ones, also as a share of the "
-    "measured peak; cold, warm: seconds to compile (empty and filled cache) and run once; MB: peak "
-    "memory, and how much of it came after importing the library"
+    "ms: median of the rounds' medians; middle half: where half of the rounds lie; best: fastest "
+    "call; ratio: time over graphc's in the same round (above 1: graphc is faster), with its middle "
+    "half; GFLOP/s: the network's convolutions and products counted as direct ones, also as a share "
+    "of the measured peak; cold, warm: seconds to compile (empty and filled cache) and run once; "
+    "MB: peak memory, and how much of it came after importing the library"
 )
 
 

@@ -30,7 +30,7 @@ OURS = "graphc"
 BUILD_SECONDS = 900.0  # the longest a peer may take to compile
 BURST_SECONDS = 600.0
 SETTLE_SECONDS = 0.02  # threads that still spin after a burst go to sleep meanwhile
-# A peer whose results differ by more than this from graphc's, relative to the largest, is pointed out.
+# A peer whose results differ by more than this, relative to the largest, is pointed out.
 TOLERANCE = 1e-3
 
 # Variables that would hold a library back, or that check more than users do.
@@ -39,9 +39,7 @@ _REMOVED = (
     "ATEN_CPU_CAPABILITY ONEDNN_MAX_CPU_ISA DNNL_MAX_CPU_ISA XLA_FLAGS GRAPHC_VERIFY GRAPHC_CACHE "
     "OMP_WAIT_POLICY GOMP_SPINCOUNT OMP_PROC_BIND OMP_PLACES KMP_AFFINITY GOMP_CPU_AFFINITY"
 ).split()
-_THREADS = (
-    "OMP_NUM_THREADS MKL_NUM_THREADS OPENBLAS_NUM_THREADS VECLIB_MAXIMUM_THREADS NUMEXPR_NUM_THREADS"
-).split()
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ class Worker:
         self._answers.put("")
 
     def ask(self, seconds: float, **command: Any) -> dict[str, Any]:
-        """Send a command and wait for its answer. Raises GraphcError if it fails or takes too long."""
+        """Send a command and wait for the answer. Raises GraphcError: it failed, took too long."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(command) + "\n")
@@ -139,7 +137,7 @@ class Worker:
         if not line:
             status = self._process.wait()
             raise errors.GraphcError(
-                f"{self.name}'s process ended with status {status}; GRAPHC_LOG=1 shows what it printed"
+                f"{self.name}'s process ended with status {status}; GRAPHC_LOG=1 shows its output"
             )
         answer = json.loads(line)
         if "error" in answer:

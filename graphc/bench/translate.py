@@ -21,7 +21,7 @@ from graphc.ir import SOURCES, Graph, Node, Value
 
 @dataclass(frozen=True)
 class Step:
-    """One call of a library: `op` of the values `inputs` (None: an absent bias) with a node's attributes."""
+    """One call of a library: `op` of `inputs` (None: an absent bias), with a node's attributes."""
 
     op: str
     node: Node
@@ -30,7 +30,7 @@ class Step:
 
 
 def steps(graph: Graph) -> list[Step]:
-    """The operators of a bound graph in order, with the layers that libraries have one function for.
+    """The operators of a bound graph in order, and the layers that libraries have a function for.
 
     `conv2d` and `linear` take their bias, `cross_entropy` the mean over the batch. What only fed
     such a layer (a transposed weight, a reshaped bias) is no step of its own."""
@@ -98,7 +98,10 @@ def _bias(graph: Graph, node: Node) -> tuple[Value | None, Node | None]:
 
 
 class Writer:
-    """Writes steps as Python source. `words`: operator -> (step, its operands as text) -> expression."""
+    """Writes steps as Python source.
+
+    words: for each operator, (step, its operands as text) -> expression.
+    """
 
     def __init__(self, library: str, head: str, words: dict[str, Callable[[Step, list[str]], str]]):
         self.library, self.head, self.words = library, head, words
@@ -203,7 +206,8 @@ def _torch_conv(step: Step, x: list[str]) -> str:
         (top, bottom), (left, right) = _attribute(step, "padding")
         image, padding = f"F.pad({image}, ({left}, {right}, {top}, {bottom}))", (0, 0)
     a = step.node.attrs
-    return f"F.conv2d({image}, {x[1]}, {x[2]}, {a['stride']}, {padding}, {a['dilation']}, {a['groups']})"
+    geometry = f"{a['stride']}, {padding}, {a['dilation']}, {a['groups']}"
+    return f"F.conv2d({image}, {x[1]}, {x[2]}, {geometry})"
 
 
 def _torch_max_pool(step: Step, x: list[str]) -> str:
@@ -255,7 +259,8 @@ TORCH = Writer(
         "transpose": lambda step, x: f"{x[0]}.permute({_attribute(step, 'axes')})",
         "concat": lambda step, x: f"torch.cat(({', '.join(x)},), dim={_attribute(step, 'axis')})",
         "cross_entropy": lambda step, x: (
-            f"F.cross_entropy({x[0]}, {x[1]}, label_smoothing={_attribute(step, 'label_smoothing')})"
+            f"F.cross_entropy({x[0]}, {x[1]}, "
+            f"label_smoothing={_attribute(step, 'label_smoothing')})"
         ),
     },
 )
@@ -309,7 +314,8 @@ def pool(x, start, combine, kernel, stride, padding, dilation=(1, 1)):
 def _jax_batch_norm(step: Step, x: list[str]) -> str:
     a = step.node.attrs
     names = tuple(v.node.name for v in step.inputs[3:5] if v is not None)
-    return f"batch_norm({', '.join(x)}, {bool(a['training'])}, {a['momentum']}, {a['eps']}, s, {names})"
+    training = bool(a["training"])
+    return f"batch_norm({', '.join(x)}, {training}, {a['momentum']}, {a['eps']}, s, {names})"
 
 
 def _jax_conv(step: Step, x: list[str]) -> str:

@@ -330,19 +330,26 @@ def _tile_cost(kernel: Kernel, main: Expr, tile, lane: str | None, lanes: int) -
     # Operands that are used once may be memory operands; the smaller side stays in registers.
     need = accumulators + min(values) + (1 if max(values) > 1 else 0)
     spilled = max(0, need - registers)
-    issue = steps * (max(accumulators / 2, loads / 2, 4.0) + 0.5 + 2.0 * spilled + 0.5 * pointers)
-    memory = (footprint if footprint > _L1_BYTES else fresh) / _L2_BYTES_PER_CYCLE
+    # Two loads a cycle is what the manual says; cache banks meet now and then.
+    issue = steps * (max(accumulators / 2, 0.55 * loads, 4.0) + 0.5 + 2.0 * spilled + 0.25 * pointers)
+    if footprint > _L2_BYTES:
+        memory = footprint / _L3_BYTES_PER_CYCLE
+    else:
+        memory = (footprint if footprint > _L1_BYTES else fresh) / _L2_BYTES_PER_CYCLE
     # Each multiply-add chain starts and ends once a tile; stores to distant lines cost a little more.
     outside = 15.0 + 1.5 * accumulators
     waste = math.prod(
         math.ceil(kernel.loops[n].extent / c) * c / kernel.loops[n].extent for n, c in tile
     )
-    cycles = max(issue, memory) + 0.3 * min(issue, memory) + outside
+    cycles = max(issue, memory) + 0.15 * min(issue, memory) + outside
     return cycles / (accumulators * steps) * waste
 
 
-_L1_BYTES = 26_000
-_L2_BYTES_PER_CYCLE = 16.0
+# What a tile may keep in the first and second cache, and what a core gets from the next one.
+_L1_BYTES = 28_000
+_L2_BYTES = 400_000
+_L2_BYTES_PER_CYCLE = 24.0
+_L3_BYTES_PER_CYCLE = 9.0
 
 
 def _operand(kernel: Kernel, factor: Expr) -> list[Access]:

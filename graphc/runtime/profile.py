@@ -227,6 +227,8 @@ def profile(executable: CpuExecutable, inputs: Mapping[str, Any], runs: int) -> 
     for launch, slow, even in zip(program.launches, median.tolist(), balance.tolist()):
         info = infos[launch.node.name]
         flops, nbytes = kernel_flops(launch.kernel), launch_bytes(launch)
+        # Block by block, what the threads touch at a time is their blocks.
+        together = nbytes * executable.threads / launch.blocks if launch.blocks else nbytes
         launches.append(
             LaunchTime(
                 info.name,
@@ -238,8 +240,8 @@ def profile(executable: CpuExecutable, inputs: Mapping[str, Any], runs: int) -> 
                 even,
                 flops,
                 nbytes,
-                machine.seconds(flops, nbytes) / slow if slow else 0.0,
-                machine.bound(flops, nbytes),
+                machine.seconds(flops, nbytes, together) / slow if slow else 0.0,
+                machine.bound(flops, nbytes, together),
             )
         )
     return Profile(

@@ -1,17 +1,21 @@
 """How much work there is: operations and bytes of a kernel, operations of a graph.
 
-Operations are what the algorithm needs, not what instructions do: a multiply-add is two, every other
-floating-point function one, comparisons, selections and integer arithmetic none.
+Operations are what the algorithm needs, not what instructions do: a multiply-add is two, any other
+floating-point function one, comparisons, selections and integer arithmetic none. Terms of a sum
+that are zero by construction (outside a padded image, zeros of a transform's matrix) are none.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+import numpy as np
 
 from graphc.codegen.kernel import Access, Kernel
 from graphc.codegen.program import Launch
-from graphc.expr import FUNCTIONS
+from graphc.codegen.reductions import known_factor
+from graphc.expr import FUNCTIONS, Expr, Index
 from graphc.ir import SOURCES, Graph, Node, Value
 
 _FREE = frozenset(
@@ -36,13 +40,56 @@ def points(kernel: Kernel, loops: Iterable[str]) -> int:
 
 def kernel_flops(kernel: Kernel) -> int:
     """Floating-point operations of one launch, each value counted once where it is known first."""
-    total = 0
+    total = 0.0
+    terms: dict[int, float] = {}
     for e in kernel.expressions():
         if e.op == "reduce":
-            total += points(kernel, kernel.free(e.args[0]))
+            body = e.args[0]
+            terms[id(body)] = _present(kernel, e)
+            while body.op == "within":
+                body = body.args[0]
+            terms[id(body)] = terms[id(e.args[0])]
+    for e in kernel.expressions():
+        if e.op == "reduce":
+            total += points(kernel, kernel.free(e.args[0])) * terms[id(e.args[0])]
         elif e.op in FUNCTIONS and e.op not in _FREE and e.dtype.startswith("float"):
-            total += points(kernel, kernel.free(e)) * (2 if e.op == "fma" else 1)
-    return total
+            weight = 2 if e.op == "fma" else 1
+            total += points(kernel, kernel.free(e)) * weight * terms.get(id(e), 1.0)
+    return round(total)
+
+
+def _present(kernel: Kernel, reduction: Expr) -> float:
+    """The share of a reduction's terms that are not zero by construction."""
+    body = reduction.args[0]
+    if reduction.attributes["combine"] != "sum":
+        return 1.0
+    share = 1.0
+    known = known_factor(body)
+    if known is not None:
+        matrix = np.asarray(known[0].attributes["known"])
+        share *= np.count_nonzero(matrix) / max(1, matrix.size)
+    for bound, extent in _bounds(body):
+        share *= _share_within(kernel, bound, extent)
+    return share
+
+
+def _bounds(expr: Expr) -> Iterator[tuple[Index, int]]:
+    """Bounds outside of which a product is zero."""
+    if expr.op == "within" and expr.args[1].attributes.get("value") == 0:
+        yield from expr.attributes["bounds"]
+        yield from _bounds(expr.args[0])
+    elif expr.op == "mul":
+        for arg in expr.args:
+            yield from _bounds(arg)
+
+
+def _share_within(kernel: Kernel, index: Index, extent: int) -> float:
+    """How often an index lies in [0, extent) while its loops run."""
+    values = np.array([index.constant])
+    for name, coefficient in index.terms:
+        steps = coefficient * np.arange(kernel.loops[name].extent)
+        values = np.add.outer(values, steps).ravel()
+    return float(np.mean((0 <= values) & (values < extent)))
 
 
 def launch_bytes(launch: Launch) -> int:
