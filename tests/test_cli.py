@@ -22,9 +22,9 @@ needs_digits = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def own_cache(tmp_path, monkeypatch):
-    """A cache folder that other users cannot write to, for the commands that look at it."""
+    """An empty cache folder, for the commands that look at it."""
     folder = tmp_path / "cache"
     folder.mkdir(mode=0o700)
     monkeypatch.setenv("GRAPHC_CACHE_DIR", str(folder))
@@ -288,7 +288,7 @@ def test_unexpected_errors_are_one_line_unless_debugging(capsys, monkeypatch):
 # ---- doctor, cache, draw, help
 
 
-def test_doctor(capsys):
+def test_doctor(own_cache, capsys):
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
     for expected in ("numba", "llvmlite", "float32 lanes", "threads", "kernel cache", "cuda"):

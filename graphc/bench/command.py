@@ -12,7 +12,7 @@ from typing import Any
 
 from graphc import errors
 from graphc.bench import rounds
-from graphc.bench.models import MODELS, MODES, works
+from graphc.bench.models import DEFAULT_MODELS, MODELS, MODES, works
 from graphc.bench.peers import PEERS
 from graphc.bench.report import Report
 from graphc.runtime.team import available_cores
@@ -22,10 +22,10 @@ from graphc.runtime.team import available_cores
 class Options:
     """What to measure.
 
-    models, peers: names, empty for all. batches, threads: empty for each model's own batches, for
-    one thread and one a core. modes: "infer", "train". rounds: turns of each peer, None for the
-    default. quick: few short rounds, and no second start for the warm compile time. out: folder for
-    the files.
+    models: names, empty for the default ones. peers: names, empty for all. batches, threads: empty
+    for each model's own batches, for one thread and one a core. modes: "infer", "train". rounds:
+    turns of each peer, None for the default. quick: few short rounds, and no second start for the
+    warm compile time. out: folder for the files.
     """
 
     models: tuple[str, ...] = ()
@@ -53,7 +53,7 @@ def run(options: Options, say: Callable[[str], None] = lambda text: None) -> Rep
     if bad := [b for b in options.batches if b < 1]:
         raise errors.GraphcError(f"batches: {bad[0]} is not a batch size: use 1 or more")
     work = works(
-        list(options.models or MODELS), list(options.batches), list(options.modes), threads
+        list(options.models or DEFAULT_MODELS), list(options.batches), list(options.modes), threads
     )
     absent = {p.name: why for p in chosen if (why := p.absent())}
     present = [p for p in chosen if p.name not in absent]
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="benchmark",
         description="Time networks compiled by graphc beside other libraries, in turns.",
     )
-    models = f"default: all of {', '.join(MODELS)}"
+    models = f"of {', '.join(MODELS)}; default: {' '.join(DEFAULT_MODELS)}"
     peers = f"default: all installed of {', '.join(PEERS)}"
     parser.add_argument("--models", nargs="+", default=[], help=models)
     parser.add_argument(
@@ -103,7 +103,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="few, short rounds: rough figures")
     parser.add_argument("--out", default=Options.out, help="folder for JSON, CSV and pictures")
     given = parser.parse_args(arguments)
-    options = Options(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(given).items()})
+    fields: dict[str, Any] = {}
+    for name, value in vars(given).items():
+        fields[name] = tuple(value) if isinstance(value, list) else value
+    options = Options(**fields)
     try:
         report = run(options, _say())
     except errors.GraphcError as error:

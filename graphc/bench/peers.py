@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from graphc.bench.models import INFER, LEARNING_RATE, MODES, MOMENTUM, TRAIN, Work
+from graphc.bench.models import INFER, LEARNING_RATE, MODES, MOMENTUM, Work
 
 Step = Callable[[], Any]
 # (variant, make): ways to do the same work; the fastest counts.
@@ -76,22 +76,20 @@ class Graphc(Peer):
         return {"GRAPHC_CACHE_DIR": folder}
 
     def load(self, threads: int) -> None:
-        import graphc.compile  # noqa: F401
+        from graphc.compile import compile as compile_graph
+
+        self.compile = compile_graph
 
     def candidates(self, work: Work) -> list[Candidate]:
-        import graphc as gc
-
         declared, arrays = work.declared, work.inputs()
 
         def make() -> Step:
-            training = work.mode == TRAIN
-            executable = gc.compile(
+            executable = self.compile(
                 declared,
                 outputs=[work.output],
                 dims=work.dims,
-                loss="loss" if training else None,
-                optimizer=gc.optim.SGD(LEARNING_RATE, MOMENTUM) if training else None,
                 threads=work.threads,
+                **work.training(),
             )
             return lambda: executable(**arrays)[work.output]
 

@@ -113,8 +113,9 @@ class Report:
         for title, rows in self.groups():
             shown = Table(title=title, title_justify="left", title_style="bold")
             for number in kept:
-                justify = "right" if number else "left"
-                shown.add_column(COLUMNS[number], justify=justify, no_wrap=number > 0)
+                shown.add_column(
+                    COLUMNS[number], justify="right" if number else "left", no_wrap=number > 0
+                )
             for row in rows:
                 texts = cells(row)
                 style = "bold" if row.peer == OURS else None
@@ -182,10 +183,10 @@ class Report:
 
 LEGEND = (
     "ms: median of the rounds' medians; middle half: where half of the rounds lie; best: fastest "
-    "call; ratio: time over graphc's in the same round (above 1: graphc is faster), with its middle "
-    "half; GFLOP/s: the network's convolutions and products counted as direct ones, also as a share "
-    "of the measured peak; cold, warm: seconds to compile (empty and filled cache) and run once; "
-    "MB: peak memory, and how much of it came after importing the library"
+    "call; ratio: time over graphc's in the same round (above 1: graphc is faster), with its "
+    "middle half; GFLOP/s: the network's convolutions and products counted as direct ones, also as "
+    "a share of the measured peak; cold, warm: seconds to compile (empty and filled cache) and run "
+    "once; MB: peak memory, and how much of it came after importing the library"
 )
 
 

@@ -132,7 +132,7 @@ def _compile(options: Options, graph, optimizer, console: Console):
 
 
 class _Display(training.Callback):
-    """A bar over the epoch's batches, and a line for each epoch that stays."""
+    """A bar over the steps of the run, and a line for each epoch that stays."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -152,19 +152,20 @@ class _Display(training.Callback):
     def on_start(self, progress: training.Progress) -> None:
         if progress.step:
             self._print(f"resumed after {progress.step} steps")
-        self.task = self.bar.add_task("", total=progress.batches, epoch="", figures="")
+        total = progress.epochs * progress.batches
+        self.task = self.bar.add_task("", total=total, epoch="", figures="")
         self.bar.start()
 
     def on_step(self, progress: training.Progress) -> None:
         # A step may take less time than drawing the bar does.
         now = time.perf_counter()
-        if now - self.shown < 0.1 and progress.batch < progress.batches:
+        if now - self.shown < 0.1:
             return
         self.shown = now
         accuracy = "" if progress.accuracy is None else f"  accuracy {progress.accuracy:.2%}"
         self.bar.update(
             self.task,
-            completed=progress.batch,
+            completed=progress.step,
             epoch=f"{progress.epoch}/{progress.epochs}",
             figures=f"loss {progress.loss:.4f}{accuracy}",
         )
@@ -177,8 +178,6 @@ class _Display(training.Callback):
             f"accuracy {final.accuracy or 0:.2%}  test loss {final.test_loss or 0:.4f}  "
             f"test accuracy {final.test_accuracy or 0:.2%}  {final.seconds:.1f} s"
         )
-        if final.epoch < progress.epochs:
-            self.bar.reset(self.task)
 
     def on_end(self, progress: training.Progress) -> None:
         self.bar.stop()

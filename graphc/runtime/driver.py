@@ -41,7 +41,7 @@ def driver_sources() -> tuple[KernelSource, ...]:
 
 
 def launch_table(rows: Iterable[tuple[int, ...]]) -> np.ndarray:
-    """int64[rows, 4], 64-byte aligned, from (function, arguments, flags[, blocks]) addresses."""
+    """int64[rows, 4], 64-byte aligned, from rows (function, arguments, flags[, blocks])."""
     rows = list(rows)
     table = aligned_zeros(max(1, len(rows)) * c.ROW_BYTES).view(np.int64).reshape(-1, 4)
     table = table[: len(rows)]

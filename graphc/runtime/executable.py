@@ -107,12 +107,7 @@ class Executable:
 
         Raises StateError: unknown or missing names (unless `strict=False`), wrong shapes."""
         known = self.state_nodes
-        # Entries that only another executable of the network has (an optimizer's moments) are no error.
-        extra = [
-            n
-            for n in state
-            if n not in known and not n.startswith("optimizer.") and n != "dropout.step"
-        ]
+        extra = [n for n in state if n not in known and not _ignored(n)]
         absent = [n for n, node in known.items() if n not in state and _persistent(node)]
         if strict and extra:
             raise errors.StateError(
@@ -179,6 +174,17 @@ class Executable:
     def _initialise(self) -> None:
         for name, node in self.state_nodes.items():
             self._write(name, materialise(node, self.seed))
+
+
+def _ignored(name: str) -> bool:
+    """Whether an unknown entry is no error: what only another executable of the network has (an
+    optimizer's moments), and PyTorch's count of batches, which batch norm with a momentum never
+    reads."""
+    return (
+        name.startswith("optimizer.")
+        or name.endswith(".num_batches_tracked")
+        or name == "dropout.step"
+    )
 
 
 def _persistent(node: Node) -> bool:

@@ -363,7 +363,7 @@ def _write_dump(executable: Executable, folder: Path) -> None:
 
     passes = folder / "passes"
     passes.mkdir()
-    records = []
+    records: list[Any] = []
 
     def observe(record: Any, graph: Graph) -> None:
         base = passes / f"{len(records):02d}_{_file_name(record.name)}"
@@ -411,7 +411,7 @@ def graph_text(graph: Graph) -> str:
 def _launch_lines(executable: Executable) -> list[str]:
     """The launch table as text: kernel, who runs it, buffers with their places, numbers."""
     plan = executable.graph.annotations["memory"]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     infos = kernels(executable)
     for number, (info, launch) in enumerate(zip(infos, launched(executable), strict=True)):
         buffers = [*launch.node.inputs, *launch.node.outputs]

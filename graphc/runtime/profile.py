@@ -72,7 +72,7 @@ class Profile:
     call: float
     launches: tuple[LaunchTime, ...]
     machine: Machine
-    _stamps: np.ndarray = dataclasses.field(repr=False, compare=False, default=None)  # type: ignore[assignment]
+    _stamps: np.ndarray = dataclasses.field(repr=False, compare=False)
 
     @property
     def flops(self) -> int:
@@ -119,7 +119,8 @@ class Profile:
             f"thread{'s' if self.threads > 1 else ''}, medians of {self.runs} runs",
             *table(head, rows, left=3),
             f"launches {1e6 * self.seconds:.1f} us, step {1e6 * self.step:.1f} us, "
-            f"call from Python {1e6 * self.call:.1f} us; {self.flops * 1e-9:.3g} GFLOP, {gflops:.1f} GFLOP/s, "
+            f"call from Python {1e6 * self.call:.1f} us",
+            f"{self.flops * 1e-9:.3g} GFLOP, {gflops:.1f} GFLOP/s, "
             f"{100 * gflops / self.machine.gflops:.0f}% of the measured {self.machine.gflops:.0f}",
         ]
         if len(phases) > 1:
@@ -157,7 +158,7 @@ class Profile:
         for thread in range(self.threads):
             ended, group = 0.0, -1.0
             for launch, (begin, end) in zip(self.launches, self._stamps[thread].tolist()):
-                # Rows that run block by block all begin with their group: shown one after the other.
+                # Rows that run block by block all begin with their group: one after the other here.
                 shift = ended - begin if begin == group else 0.0
                 group, ended = begin, end + shift
                 event = {
