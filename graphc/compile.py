@@ -65,7 +65,7 @@ def compile(
 
     Raises GraphcError subclasses, each naming the node and what to change.
     """
-    _check_options(target, threads, precision, mode, outputs)
+    _check_options(target, threads, precision, mode, outputs, gradients, optimizer)
     declared = graph.copy()
 
     def shaped(
@@ -193,6 +193,7 @@ def transform(
     keep = {*outputs, *(f"grad:{name}" for name in gradients)}
     g.outputs = {k: v for k, v in g.outputs.items() if k in keep}
     g, more = BACKWARD.run(g, observer=observer)
+    g.annotations["unneeded_inputs"] = tuple(name for name in graph.inputs if name not in g.inputs)
     return g, (*records, *more)
 
 
@@ -223,7 +224,13 @@ def _mark(graph: Graph, start: int, phase: str) -> None:
 
 
 def _check_options(
-    target: str, threads: Any, precision: str, mode: str | None, outputs: Sequence[str]
+    target: str,
+    threads: Any,
+    precision: str,
+    mode: str | None,
+    outputs: Sequence[str],
+    gradients: Sequence[str],
+    optimizer: Any,
 ) -> None:
     if target not in TARGETS:
         raise errors.CompileError(
@@ -237,10 +244,13 @@ def _check_options(
         raise errors.CompileError(f"mode={mode!r}: use 'train', 'infer' or None")
     if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= 256):
         raise errors.CompileError(f"threads={threads!r}: use 1 to 256, or None for every core")
-    if isinstance(outputs, str) or not all(isinstance(o, str) for o in outputs):
-        raise errors.CompileError(
-            f"outputs={outputs!r}: pass a list of names, e.g. outputs=['loss']"
-        )
+    for what, names in (("outputs", outputs), ("gradients", gradients)):
+        if isinstance(names, str) or not all(isinstance(n, str) for n in names):
+            raise errors.CompileError(f"{what}={names!r}: pass a list of names, e.g. {what}=['loss']")
+    if not (outputs or gradients or optimizer):
+        raise errors.CompileError("nothing to compute: name outputs=[...], gradients=[...] or an optimizer")
+    if optimizer is not None and not hasattr(optimizer, "apply"):
+        raise errors.CompileError(f"optimizer={optimizer!r}: pass an optimizer, e.g. gc.optim.SGD(lr=0.1)")
 
 
 def _progress():

@@ -249,9 +249,10 @@ class Graph:
         if name not in self.nx:
             import difflib
 
-            near = difflib.get_close_matches(name, list(self.nx), n=3)
+            known = list(dict.fromkeys([*self.outputs, *self.nx]))
+            near = difflib.get_close_matches(name, known, n=3)
             hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
-            raise errors.NameLookupError(f"graph {self.name!r} has no node {name!r}{hint}")
+            raise errors.NameLookupError(f"graph {self.name!r} has no output or node {name!r}{hint}")
         return self.nx.nodes[name]["node"]
 
     def value(self, name: str) -> Value:

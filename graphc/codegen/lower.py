@@ -192,7 +192,11 @@ class _Pull:
             else:
                 rule = get(node.op).lower
                 if rule is None:
-                    raise CannotLower(f"{node.describe()}: has no lowering and was not decomposed")
+                    operands = ", ".join(f"{v.name!r} {v.type}" for v in node.inputs)
+                    raise CannotLower(
+                        f"{node.describe()}: operator {node.op!r} has no lowering for the CPU; give its OpDef "
+                        f"a lower or a decompose rule, or use target='interpret' (operands: {operands})"
+                    )
                 self.memo[key] = self.without_idle_bounds(
                     rule(_Rule(self, node, index), node, value.index, index)
                 )
@@ -253,6 +257,7 @@ class _Rule:
     def __init__(self, pull: _Pull, node: Node, index: tuple[Index, ...]):
         self._pull, self._node = pull, node
         self._taken = {loop for i in index for loop, _ in i.terms}
+        self._open: set[str] = set()  # loops of this rule's reductions around the one being built
 
     def read(self, slot: int, index: Sequence[Index | int]) -> Expr:
         return self._pull.pull(self._node.inputs[slot], tuple(Index.lift(i) for i in index))
@@ -270,13 +275,16 @@ class _Rule:
             while True:
                 name = f"r{extent}_{number}"
                 parts = {p for p in pull.loops if p == name or p.rstrip("bl") == name}
-                if name not in used and not parts & self._taken and name not in self._taken:
+                taken = self._taken | self._open
+                if name not in used and not parts & taken and name not in taken:
                     break
                 number += 1
             used.add(name)
             names.append(name)
             indices.append(pull.loop(name, int(extent)))
+        before, self._open = self._open, self._open | {p for n in names for p in pull.parts(n)}
         inner = body(*indices)
+        self._open = before
         loops = tuple(p for n in names for p in pull.parts(n))
         if not loops:
             return inner if combine != "argmax" else reduce(combine, inner, ())

@@ -57,6 +57,8 @@ def lower_graph(graph: Graph) -> dict[str, Kernel]:
             except CannotLower as error:
                 failures.append(f"{node.describe()}: {error}")
     if failures:
+        if len(failures) == 1:
+            raise errors.CompileError(f"cannot be compiled: {failures[0]}")
         raise errors.CompileError(
             f"{len(failures)} nodes cannot be compiled:\n  " + "\n  ".join(failures)
         )

@@ -192,7 +192,7 @@ class ReductionEmitter(Emitter):
         body, combine = expr.args[0], expr.attributes["combine"]
         axes = self.axes(expr)
         factors = known_factor(body) if combine == "sum" else None
-        if factors and axes:
+        if factors and axes and all(n in self.tile for n in self.kernel.free(factors[0])):
             return self._linear(expr, *factors, scope)
         value = self.emit(body, scope)
         all_axes = tuple(n for n in self.tile if n in axes or n in expr.attributes["loops"])

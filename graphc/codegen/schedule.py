@@ -205,7 +205,7 @@ def _choose_tile(
     if any(n in fixed or kernel.loops[n].ragged for n in windows):
         return ()
     whole = _constant_matrix(kernel, main, lane, fixed)
-    if whole and not windows:
+    if whole:
         return whole
     base = [(n, kernel.loops[n].extent) for n in windows]
     blocks = {loop.block for loop in kernel.loops.values() if loop.ragged}
@@ -275,20 +275,30 @@ def _unrolled(
 def _constant_matrix(
     kernel: Kernel, main: Expr, lane: str | None, fixed: set[str]
 ) -> tuple[tuple[str, int], ...] | None:
-    """The tile in which a product with a small constant matrix is a line of code for each of its rows."""
-    factors = known_factor(main.args[0])
-    if factors is None or lane is None:
+    """The tile in which products with small constant matrices are lines of code, one for each row.
+
+    The matrix may be applied twice, from both sides."""
+    if lane is None or known_factor(main.args[0]) is None:
         return None
-    rows = [n for n, _ in factors[0].attributes["access"].strides if n in kernel.outer]
-    loops = [n for n in kernel.outer if n in rows] + list(main.attributes["loops"])
-    extents = [kernel.loops[n].extent for n in loops]
-    split = any(n in fixed or n == lane or kernel.loops[n].ragged for n in loops)
+    rows: set[str] = set()
+    loops: list[str] = []
+    for e in kernel.expressions():
+        if e.op != "reduce" or e.attributes["combine"] != "sum":
+            continue
+        factors = known_factor(e.args[0])
+        if factors is None:
+            return None
+        strides = dict(factors[0].attributes["access"].strides)
+        if any(n not in strides for n in e.attributes["loops"]):
+            return None  # loops that the matrix does not know would be sums of their own
+        rows |= {n for n in strides if n in kernel.outer}
+        loops += e.attributes["loops"]
+    whole = [n for n in kernel.outer if n in rows] + loops
+    extents = [kernel.loops[n].extent for n in whole]
     ragged = {loop.block for loop in kernel.loops.values() if loop.ragged}
-    if not rows or split or ragged & set(loops) or max(extents) > 12:
+    if any(n in fixed or n == lane or n in ragged or kernel.loops[n].ragged for n in whole):
         return None
-    # Points that the matrix does not know would be sums of their own: only one of each.
-    others = [n for n in main.attributes["loops"] if not factors[0].attributes["access"].stride(n)]
-    return None if others else tuple(zip(loops, extents, strict=True))
+    return tuple(zip(whole, extents)) if rows and max(extents) <= 12 else None
 
 
 def _options(kernel: Kernel, loop: str, limits: dict[str | None, int]) -> list[int]:

@@ -3,6 +3,7 @@
 # Binds Python's operators to Value; Toom-Cook operators have no user functions.
 from graphc.ops import operators as _operators  # noqa: F401
 from graphc.ops import toom_cook as _toom_cook  # noqa: F401
+from graphc.ops import winograd as _winograd  # noqa: F401
 from graphc.ops.activation import (
     clip,
     elu,

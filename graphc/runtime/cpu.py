@@ -13,7 +13,7 @@ from graphc.interpreter import interpret
 from graphc.ir import SOURCES, Graph, Node, Value
 from graphc.runtime.arena import Arena
 from graphc.runtime.executable import Executable
-from graphc.runtime.inputs import checked_array, missing_input, unknown_input
+from graphc.runtime.inputs import checked_array, missing_input
 from graphc.runtime.layout import read_layout, write_layout
 from graphc.runtime.linker import KernelSource, load_kernels
 from graphc.runtime.table import LaunchTable, root
@@ -163,7 +163,7 @@ class CpuExecutable(Executable):
                 array = inputs.get(name)
                 if array is None:
                     if default is None:
-                        raise missing_input(node)
+                        raise self._misnamed(inputs) or missing_input(node)
                     array = default
                 else:
                     given += 1
@@ -177,10 +177,8 @@ class CpuExecutable(Executable):
                     self._every.arguments[slots] = array.ctypes.data
                 else:
                     staging[...] = array
-            if given != len(inputs):
-                raise unknown_input(
-                    next(n for n in inputs if n not in self.inputs), list(self.inputs)
-                )
+            if given != len(inputs) and (misnamed := self._misnamed(inputs)):
+                raise misnamed
             if self.check:
                 return self._run_checked(out)
             self._execute()

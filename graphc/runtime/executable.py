@@ -52,10 +52,17 @@ class Executable:
         """Run one step. `out` gives arrays to write outputs into (C-contiguous, of the output's type)."""
         raise NotImplementedError
 
-    def _checked(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def _misnamed(self, inputs: Mapping[str, Any]) -> errors.InputError | None:
+        """The error for the first name that is no input of this executable."""
         for name in inputs:
             if name not in self.inputs:
-                raise unknown_input(name, list(self.inputs))
+                unneeded = name in self.graph.annotations.get("unneeded_inputs", ())
+                return unknown_input(name, list(self.inputs), unneeded)
+        return None
+
+    def _checked(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        if misnamed := self._misnamed(inputs):
+            raise misnamed
         arrays = {}
         for name, node in self.inputs.items():
             if name in inputs:
@@ -124,6 +131,10 @@ class Executable:
             if array.shape != declared.shape:
                 raise errors.StateError(
                     f"load_state: {name!r} is {declared}, got shape {list(array.shape)}"
+                )
+            if array.dtype.kind not in "biuf":
+                raise errors.StateError(
+                    f"load_state: {name!r} is {declared}, got {array.dtype}: pass numbers"
                 )
             arrays[name] = array.astype(declared.dtype)
         with self._lock:

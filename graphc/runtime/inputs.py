@@ -53,7 +53,11 @@ def _converted(node: Node, array: np.ndarray) -> np.ndarray:
     return array.astype(target)
 
 
-def unknown_input(name: str, known: list[str]) -> errors.InputError:
+def unknown_input(name: str, known: list[str], unneeded: bool = False) -> errors.InputError:
+    if unneeded:
+        return errors.InputError(
+            f"input {name!r} is not needed for the outputs that were compiled: leave it out"
+        )
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return errors.InputError(
