@@ -1,11 +1,6 @@
-"""graphc: a deep-learning compiler in readable Python. Declare a network, compile it, run it.
-
-import graphc as gc
-"""
+"""graphc: a deep-learning compiler in readable Python. Declare a network, compile it, run it."""
 
 import importlib as _importlib
-import sys as _sys
-import types as _types
 
 from graphc import errors, nn, ops, optim
 from graphc.ir import Graph, Layout, TensorType, Value
@@ -14,8 +9,8 @@ from graphc.serialize import load, save
 
 # Imported when first used: compiling pulls in the runtime, pictures and data their own libraries.
 _LAZY = {
-    "compile": "graphc.compile",
-    "default_pipeline": "graphc.compile",
+    "compile": "graphc.compiler",
+    "default_pipeline": "graphc.compiler",
     "interpret": "graphc.interpreter",
 }
 _LAZY_MODULES = ("data", "interop", "train", "viz", "zoo")
@@ -51,15 +46,3 @@ def __getattr__(name: str):
         raise AttributeError(f"module 'graphc' has no attribute {name!r}")
     globals()[name] = value
     return value
-
-
-class _Package(_types.ModuleType):
-    """Keeps `graphc.compile` the function: importing the module of that name would put itself there."""
-
-    def __setattr__(self, name, value):
-        if name in _LAZY and isinstance(value, _types.ModuleType):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-_sys.modules[__name__].__class__ = _Package

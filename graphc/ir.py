@@ -252,7 +252,7 @@ class Graph:
             known = list(dict.fromkeys([*self.outputs, *self.nx]))
             near = difflib.get_close_matches(name, known, n=3)
             hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
-            raise errors.NameLookupError(f"graph {self.name!r} has no output or node {name!r}{hint}")
+            raise errors.NameLookupError(f"graph {self.name!r} has no output and no node {name!r}{hint}")
         return self.nx.nodes[name]["node"]
 
     def value(self, name: str) -> Value:

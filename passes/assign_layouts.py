@@ -36,7 +36,7 @@ class AssignLayouts(Pass):
     def run(self, graph: Graph) -> Graph:
         batch = graph.annotations.get("batch")
         costs = {m: _cost(graph, m, self.lanes, batch) for m in (BATCH, CHANNELS, PLAIN)}
-        mode = self.mode or min(costs, key=costs.__getitem__)
+        mode = self.mode or graph.annotations.get("layout_mode") or min(costs, key=costs.__getitem__)
         new = _Assign(graph, mode, self.lanes, batch, self.can_lower).run()
         new.annotations["layouts"] = (mode, costs)
         note(
@@ -82,6 +82,8 @@ def _cost(graph: Graph, mode: str, lanes: int, batch: int | None) -> float:
 
 def _multiply_adds(node: Node) -> float:
     out = math.prod(node.types[0].shape)
+    if node.op in ("patch_transform", "patch_transform_grad"):
+        return 4.0 * math.prod((node.types[0] if node.op == "patch_transform" else node.inputs[0].type).shape)
     if node.op == "tile_transform":
         return out * node.inputs[1].shape[1]
     if node.op == "tile_transform_grad":
@@ -156,7 +158,7 @@ class _Assign:
         inner = contraction(node)
         if inner is not None and inner.op.endswith("weight_grad"):
             return False
-        if inner is not None and inner.op == "matmul":
+        if inner is not None and inner.op == "matmul" and inner.types[0].rank == 2:
             left = inner.inputs[0]
             return left.node.op == "input" and self._operand(node, left) in self.batched
         return any(self.mapping[v] in self.batched for v in node.inputs)
@@ -244,12 +246,20 @@ class _Assign:
         if self.mode == CHANNELS:
             if inner is not None and inner.op == "conv2d_weight_grad":
                 return self._lane(0) if shape[0] > 1 else ROWS
+            if inner is not None and (inner.op == "patch_transform" or self._is_point_product(node, inner)):
+                return self._lane(2)
             if len(shape) == 4 and shape[1] > 1 and self._is_batched(node, value):
                 return self._lane(1)
             target = self._gradient_of(value)
             if target is not None:
                 return target
         return ROWS
+
+    def _is_point_product(self, node: Node, inner: Node) -> bool:
+        """Whether a product multiplies transformed weights [P, O, I] with images [N, P, I, T]."""
+        if inner.op != "matmul" or inner.types[0].rank != 4 or inner.inputs[1].node.op != "input":
+            return False
+        return self._operand(node, inner.inputs[1]).layout.lane_axis == 2
 
     def _gradient_of(self, value: Value) -> Layout | None:
         """The layout of the parameter whose update reads a value of the same shape."""
@@ -277,6 +287,13 @@ class _Assign:
                 ):
                     converted.append(self.convert(value, ROWS))
                     continue
+            if self.mode == CHANNELS and value not in self.batched and value.layout == ROWS:
+                # Weights lie with their output channels in the lanes.
+                second = inner.inputs[1] if inner.op == "conv2d" else None
+                if inner.op == "matmul" and self._is_point_product(node, inner):
+                    second = inner.inputs[0]
+                if second is not None and second.node.name == name and value.shape[0] > 1:
+                    value = self.convert(value, self._lane(1 if inner.op == "matmul" else 0))
             if name in images and value in self.batched and value.layout == ROWS:
                 if self.mode == BATCH:
                     value = self.convert(value, self._lane(0))

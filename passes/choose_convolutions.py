@@ -1,4 +1,4 @@
-"""Write convolutions as Toom-Cook products where that needs clearly less arithmetic."""
+"""Choose the algorithm of every convolution: direct, Toom-Cook along rows, or Winograd patches."""
 
 from __future__ import annotations
 
@@ -7,59 +7,109 @@ from dataclasses import dataclass
 from graphc.ir import Graph, Node, Value
 from graphc.ops.registry import apply
 from graphc.ops.toom_cook import conv2d_by_rows
+from graphc.ops.winograd import conv2d_by_patches
 from passes.base import Pass, note
 
+BATCH, CHANNELS = "batch", "channels"
 # The most interpolation points: with 9 the error stays within a few 1e-6 of the largest output.
 MOST_POINTS = 9
-# Predicted cost relative to the direct convolution below which the rewrite is worth its transforms.
-WORTH = 0.8
+# Predicted cost relative to the direct convolution below which a rewrite is worth its transforms.
+WORTH = 0.85
+# Multiply-adds that a core makes while it reads one transformed weight from memory.
+_WEIGHT = 10.0
 
 
 @dataclass(frozen=True)
 class ChooseConvolutions(Pass):
-    """Replace `conv2d` by `tile_transform` and `toom_conv` (Toom-Cook along rows) by predicted cost.
+    """Rewrite convolutions by predicted cost, and choose which axis lies in the lanes.
 
-    Requires: int dimensions; runs before autodiff, so that the chain rule differentiates the products and
-    the backward pass saves as much. Ensures: results equal up to rounding (a few 1e-6 of the largest).
-    Applies to stride 1, one group, and a batch that fills the lanes: with images side by side in the lanes
-    a transform is a handful of vector operations and needs no shuffles.
-    The predicted costs are in `graph.annotations["convolutions"]`.
+    Requires: int dimensions; runs before autodiff, so that the chain rule differentiates the products
+    and the backward pass saves as much. Ensures: results equal up to rounding (a few 1e-6 of the
+    largest). Convolutions of stride 1 with 3 taps or more may become
+    - with the batch in the lanes: `F(m,r) rows`, Toom-Cook along rows, whose transforms are then a
+      handful of vector operations without shuffles;
+    - with channels in the lanes, where nothing is differentiated: `F(m,r) patches`, Winograd.
+    `annotations["layout_mode"]` is the cheaper of both as a whole; `annotations["convolutions"]` has
+    the predicted costs by layer.
     """
 
     lanes: int
+    training: bool = False
 
     def run(self, graph: Graph) -> Graph:
-        batch = graph.annotations.get("batch")
-        choices: dict[str, dict[str, float]] = {}
+        convolutions = [n for n in graph if n.op == "conv2d"]
+        modes = {m: self._predicted(graph, convolutions, m) for m in (BATCH, CHANNELS)}
+        totals = {
+            m: sum(min(c.values()) for c in costs.values())
+            for m, costs in modes.items()
+            if costs is not None
+        }
+        if not convolutions or not totals:
+            return graph
+        mode = min(totals, key=totals.__getitem__)
+        costs = modes[mode] or {}
 
         def visit(new: Graph, node: Node, inputs: tuple[Value, ...]):
-            if node.op != "conv2d" or not batch or batch % self.lanes or not _eligible(node):
+            if node.name not in costs:
                 return None
-            costs = predicted(node)
-            choices[node.name] = costs
-            best = min(costs, key=costs.__getitem__)
-            if best == "direct" or costs[best] > WORTH * costs["direct"]:
+            best = min(costs[node.name], key=costs[node.name].__getitem__)
+            if best == "direct" or costs[node.name][best] > WORTH * costs[node.name]["direct"]:
                 return None
             note(new, f"{node.name}: {best}")
-            return (_rewritten(node, inputs, int(best.split("(")[1].split(",")[0])),)
+            return (_rewritten(node, inputs, int(best[2 : best.index(",")]), mode),)
 
         new = graph.rebuild(visit)
-        new.annotations["convolutions"] = choices
+        new.annotations["convolutions"] = costs
+        new.annotations["layout_mode"] = mode
         return new
+
+    def _predicted(
+        self, graph: Graph, nodes: list[Node], mode: str
+    ) -> dict[str, dict[str, float]] | None:
+        """Costs by layer and algorithm, in vector multiply-adds for the whole batch."""
+        batch = graph.annotations.get("batch")
+        if mode == BATCH and (not batch or batch % self.lanes):
+            return None
+        result = {}
+        for node in nodes:
+            costs = {"direct": _direct(node, mode, self.lanes)}
+            if _eligible(node) and mode == BATCH:
+                costs |= _by_rows(node)
+            elif _eligible(node) and not self.training and node.types[0].shape[1] >= self.lanes:
+                costs |= _by_patches(node)
+            images = float(node.types[0].shape[0])
+            result[node.name] = {k: images * c for k, c in costs.items()}
+        return result
 
 
 def _eligible(node: Node) -> bool:
-    a = node.attrs
-    taps = node.inputs[1].shape[3]
-    return a["stride"] == (1, 1) and a["dilation"] == (1, 1) and a["groups"] == 1 and taps >= 3
+    a, taps = node.attrs, node.inputs[1].shape[2:]
+    plain = a["stride"] == (1, 1) and a["dilation"] == (1, 1) and a["groups"] == 1
+    return plain and taps[0] == taps[1] and taps[0] >= 3
 
 
-def predicted(node: Node) -> dict[str, float]:
-    """Vector multiply-adds an image of the direct convolution and of F(m, taps) for each m, where moving a
-    transformed value through memory counts as a few."""
+def _sizes(node: Node) -> tuple[int, ...]:
+    """(output channels, input channels, taps high, taps wide, output height, output width)."""
     _, _, oh, ow = (int(d) for d in node.types[0].shape)
     oc, ic, kh, kw = (int(d) for d in node.inputs[1].shape)
-    costs = {"direct": float(oc * ic * kh * kw * oh * ow)}
+    return oc, ic, kh, kw, oh, ow
+
+
+def _direct(node: Node, mode: str, lanes: int) -> float:
+    oc, ic, kh, kw, oh, ow = _sizes(node)
+    work = float(oc * ic * kh * kw * oh * ow)
+    if mode == BATCH:
+        return work
+    # Below the lanes' width channels waste lanes; for wide layers a block of the batch is too large for
+    # the caches.
+    grouped = 4.0 if node.attrs["groups"] > 1 else 1.0
+    return work * grouped * (-(-oc // lanes) * lanes / oc) * 0.95
+
+
+def _by_rows(node: Node) -> dict[str, float]:
+    """F(m, taps) for each m; moving a transformed value through memory counts as a few operations."""
+    oc, ic, kh, kw, oh, ow = _sizes(node)
+    costs = {}
     for m in range(2, ow + 1):
         points = m + kw - 1
         if points > MOST_POINTS:
@@ -68,21 +118,47 @@ def predicted(node: Node) -> dict[str, float]:
         products = oc * ic * kh * oh * tiles * points
         images = ic * (oh + kh - 1) * tiles * points * (points + 3)
         outputs = oc * oh * tiles * m * (points + 6)
-        costs[f"F({m},{kw})"] = float(products + images + outputs)
+        costs[f"F({m},{kw}) rows"] = float(products + images + outputs)
     return costs
 
 
-def _rewritten(node: Node, inputs: tuple[Value, ...], m: int) -> Value:
+def _by_patches(node: Node) -> dict[str, float]:
+    """F(m x m, taps x taps): products for each point, and what is read and written around them.
+
+    Transformed weights are read once a call: where there are few tiles they are what counts."""
+    oc, ic, kh, _, oh, ow = _sizes(node)
+    images = float(node.types[0].shape[0])
+    costs = {}
+    for m in (2, 4):
+        points = (m + kh - 1) ** 2
+        if m + kh - 1 > 6:
+            break
+        tiles = -(-oh // m) * -(-ow // m)
+        products = oc * ic * points * tiles
+        transforms = (ic + oc) * points * tiles * 4
+        weights = oc * ic * points * _WEIGHT / images
+        ragged = oc * oh * ow * 3.0 if oh % m or ow % m else 0.0
+        costs[f"F({m},{kh}) patches"] = float(max(products, weights) + transforms + ragged)
+    return costs
+
+
+def _rewritten(node: Node, inputs: tuple[Value, ...], m: int, mode: str) -> Value:
     x, weight = inputs
-    ow, taps = int(node.types[0].shape[3]), int(weight.shape[3])
+    _, _, kh, kw, oh, ow = _sizes(node)
     (top, bottom), (left, right) = node.attrs["padding"]
-    width = -(-ow // m) * m + taps - 1
-    extra = width - (int(x.shape[3]) + left)
-    # Columns beyond the image are zeros; columns that no output reads are cut off.
-    padding = ((0, 0), (0, 0), (top, bottom), (left, max(extra, 0)))
+    wide = -(-ow // m) * m + kw - 1
+    high = -(-oh // m) * m + kh - 1 if mode == CHANNELS else oh + kh - 1
+    # Pixels beyond the image are zeros; what no output reads is cut off.
+    padding = (
+        (0, 0),
+        (0, 0),
+        (top, max(high - int(x.shape[2]) - top, 0)),
+        (left, max(wide - int(x.shape[3]) - left, 0)),
+    )
     if any(any(p) for p in padding):
         x = apply("pad", x, padding=padding, value=0.0)[0]
-    if x.shape[3] != width:
-        x = x[:, :, :, :width]
-    y = conv2d_by_rows(x, weight, m, name=node.name)
-    return y if y.shape[3] == ow else y[:, :, :, :ow]
+    if x.shape[2:] != (high, wide):
+        x = x[:, :, :high, :wide]
+    rewrite = conv2d_by_patches if mode == CHANNELS else conv2d_by_rows
+    y = rewrite(x, weight, m, name=node.name)
+    return y if y.shape[2:] == (oh, ow) else y[:, :, :oh, :ow]

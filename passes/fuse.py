@@ -15,7 +15,7 @@ from graphc.ops.registry import get
 
 CONTRACTIONS = frozenset(
     "matmul conv2d conv2d_input_grad conv2d_weight_grad tile_transform tile_transform_grad "
-    "toom_conv toom_conv_input_grad toom_conv_weight_grad".split()
+    "toom_conv toom_conv_input_grad toom_conv_weight_grad patch_transform patch_transform_grad".split()
 )
 WINDOWS = frozenset({"max_pool2d", "max_pool2d_argmax", "avg_pool2d"})
 REDUCTIONS = frozenset({"sum", "max", "min", "prod", "argmax"})
@@ -166,6 +166,8 @@ class _Fuser:
         heavy = [n for n in nodes if n.op in CONTRACTIONS]
         if len(heavy) > 1:
             return "one kernel holds one contraction"
+        if heavy and any(n.op == "pad" for n in nodes):
+            return "padding writes around a contraction's register tile"
         results = [v for n in nodes for v in n.outputs if self.leaves(v, inside)]
         for node in nodes:
             for value in node.inputs:

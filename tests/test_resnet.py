@@ -15,7 +15,7 @@ import pytest
 
 import graphc as gc
 from graphc import errors
-from graphc.compile import transform
+from graphc.compiler import transform
 from graphc.interpreter import interpret
 
 torch = pytest.importorskip("torch")

@@ -18,6 +18,7 @@ import os
 import statistics
 import sys
 import time
+import traceback
 from typing import Any
 
 CHECKED = 3  # steps whose results are reported
@@ -36,11 +37,10 @@ def main(arguments: list[str]) -> None:
         try:
             answer = getattr(worker, f"do_{command.pop('do')}")(**command)
         except Exception as error:
-            answer = {
-                "error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
-            }
             if os.environ.get("GRAPHC_LOG"):
-                raise
+                traceback.print_exc()
+            reason = " ".join(str(error).split())[:400]
+            answer = {"error": f"{type(error).__name__}: {reason}"}
         answers.write(json.dumps(answer) + "\n")
 
 

@@ -106,7 +106,7 @@ class Work:
 
     def flops(self) -> int:
         """Operations of the convolutions and products of one call, counted as direct ones."""
-        from graphc.compile import transform
+        from graphc.compiler import transform
         from graphc.runtime.work import contraction_flops
 
         joint, _ = transform(self.declared, [self.output], self.dims, **self.training())

@@ -76,7 +76,7 @@ class Graphc(Peer):
         return {"GRAPHC_CACHE_DIR": folder}
 
     def load(self, threads: int) -> None:
-        from graphc.compile import compile as compile_graph
+        from graphc.compiler import compile as compile_graph
 
         self.compile = compile_graph
 

@@ -27,7 +27,7 @@ def checked_array(node: Node, given: Any) -> np.ndarray:
             f"input {node.name!r} expects {declared}, got shape {list(array.shape)}: "
             "pass that shape, or compile with other dims"
         )
-    if array.dtype.name != declared.dtype:
+    if array.dtype != np.dtype(declared.dtype):  # another byte order, too
         array = _converted(node, array)
     return np.ascontiguousarray(array).reshape(array.shape)
 

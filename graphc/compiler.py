@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from graphc import errors
-from graphc.ir import Graph, Value
+from graphc.ir import Graph, Origin, Value, _caller
 from graphc.optim import Optimizer
 from graphc.runtime.executable import Executable, InterpretedExecutable
 from passes.assign_layouts import AssignLayouts
@@ -18,6 +18,7 @@ from passes.autodiff import differentiate
 from passes.base import Observer, PassRecord, Pipeline
 from passes.choose_convolutions import ChooseConvolutions
 from passes.explicit_padding import ExplicitPadding
+from passes.fold_batch_norm import FoldBatchNorm
 from passes.fuse import Fuse
 from passes.hoist_parameters import HoistParameters
 from passes.parallelize import Parallelize
@@ -28,7 +29,7 @@ from passes.set_mode import SetMode
 
 TARGETS = ("cpu", "interpret")
 PRECISIONS = ("float32", "strict")
-log = logging.getLogger("graphc.compile")
+log = logging.getLogger("graphc.compiler")
 
 
 def compile(
@@ -66,7 +67,7 @@ def compile(
     Raises GraphcError subclasses, each naming the node and what to change.
     """
     _check_options(target, threads, precision, mode, outputs, gradients, optimizer)
-    declared = graph.copy()
+    declared, origin = graph.copy(), _caller()
 
     def shaped(
         observer: Observer | None = None,
@@ -81,8 +82,9 @@ def compile(
             optimizer,
             mode,
             seed,
-            algorithms(target, precision),
+            algorithms(target, precision, bool(gradients or optimizer)),
             observer,
+            origin,
         )
         if target == "interpret":
             return joint, {}, records
@@ -134,13 +136,14 @@ def memory_pipeline(threads: int, check: bool = False) -> Pipeline:
     )
 
 
-def algorithms(target: str, precision: str) -> Pipeline:
+def algorithms(target: str, precision: str, training: bool) -> Pipeline:
     """Rewrites to faster algorithms that round a little more than the definition."""
     if target == "interpret" or precision == "strict":
         return Pipeline()
     from graphc.codegen.target import host_lanes
 
-    return Pipeline((ChooseConvolutions(host_lanes()),))
+    choose = ChooseConvolutions(host_lanes(), training)
+    return Pipeline((choose,) if training else (FoldBatchNorm(), choose))
 
 
 def transform(
@@ -154,6 +157,7 @@ def transform(
     seed: int = 0,
     algorithms: Pipeline | None = None,
     observer: Observer | None = None,
+    origin: Origin | None = None,
 ) -> tuple[Graph, tuple[PassRecord, ...]]:
     """Bind, choose algorithms, differentiate, add the optimizer and simplify."""
     if (gradients or optimizer) and loss is None:
@@ -185,7 +189,8 @@ def transform(
         g.outputs |= {f"grad:{name}": found[name] for name in gradients}
         if optimizer:
             start = len(g)
-            optimizer.apply(g, {n: found[n] for n in trained})
+            with g.origin(origin):
+                optimizer.apply(g, {n: found[n] for n in trained})
             _mark(g, start, "update")
         records += (PassRecord("differentiate", time.perf_counter() - began, before, len(g)),)
         if observer:
