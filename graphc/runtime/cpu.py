@@ -139,12 +139,17 @@ class CpuExecutable(Executable):
         Small inputs are copied into the executable's memory, which is cheaper than asking NumPy for an
         address; kernels read large ones where they are."""
         self._calls = []
+        # An output or update that is an input is read from the executable's memory.
+        results = {root(value).node.name for value in self.graph.results}
         for name, node in self.inputs.items():
             shape, dtype = node.types[0].shape, np.dtype(node.types[0].dtype)
             default = node.attrs.get("default")
             default = None if default is None else np.asarray(default, dtype)
             copied = (
-                node.types[0].nbytes <= _COPY_BYTES or name not in self._every.patches or self.check
+                node.types[0].nbytes <= _COPY_BYTES
+                or name not in self._every.patches
+                or name in results
+                or self.check
             )
             staging = self._view(node[0]).reshape(shape) if copied else None
             self._calls.append(
