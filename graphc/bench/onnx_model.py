@@ -94,7 +94,7 @@ def _geometry(step: Step, kernel: Any) -> dict[str, Any]:
         "kernel_shape": list(kernel),
         "strides": list(a["stride"]),
         "pads": [top, left, bottom, right],
-        "dilations": list(a["dilation"]),
+        "dilations": list(a.get("dilation", (1, 1))),
     }
 
 

@@ -132,7 +132,7 @@ class Worker:
             line = self._answers.get(timeout=seconds)
         except queue.Empty:
             raise errors.GraphcError(f"{self.name} took longer than {seconds:.0f} s") from None
-        except OSError:
+        except (OSError, ValueError):  # the pipe is broken, or closed
             line = ""
         if not line:
             status = self._process.wait()

@@ -96,34 +96,41 @@ def overwritable(kernel: Kernel, node: Node) -> tuple[tuple[int, int], ...]:
 
 
 def blocks(node: Node) -> int | None:
-    """Into how many blocks of the batch a region falls apart, if no block reads what another one writes."""
-    counts = {v.layout.physical_shape(v.shape)[0] for v in node.outputs if v.layout.lane_axis == 0}
-    if len(counts) != 1 or any(v.layout.lane_axis != 0 for v in node.outputs) or min(counts) < 2:
+    """Into how many blocks of the batch a region falls apart, if no block reads what another one writes.
+
+    A block is a vector of images where the batch lies in the lanes, else one image. Regions whose
+    weights are larger than a block's own values are better off with the whole batch at once."""
+    batch_lanes = {v.layout.lane_axis == 0 for v in node.outputs}
+    if len(batch_lanes) != 1 or any(not v.shape for v in node.outputs):
         return None
+    loop = "i0b" if batch_lanes.pop() else "i0"
     kernel = lower_node(node)
-    if not kernel.outer or kernel.outer[0] != _BLOCK:
+    if not kernel.outer or kernel.outer[0] != loop or kernel.loops[loop].extent < 2:
         return None
+    count = kernel.loops[loop].extent
     values = [*node.inputs, *node.outputs]
-    accesses = [e.attributes["access"] for e in kernel.expressions() if e.op == "load"]
-    for access in [*accesses, *(s.access for s in kernel.stores)]:
+    guarded = any(e.op == "within" for e in kernel.expressions())
+    loads = [e.attributes["access"] for e in kernel.expressions() if e.op == "load"]
+    own = weights = 0
+    seen: set[int] = set()
+    for access in [*loads, *(s.access for s in kernel.stores)]:
         value = values[access.buffer]
-        if value.node.op in SOURCES or value.layout.lane_axis != 0:
+        size = value.type.nbytes
+        if access.buffer not in seen:
+            seen.add(access.buffer)
+            if access.stride(loop):
+                own += size // count
+            else:
+                weights += size
+        if value.node.op in SOURCES or not access.stride(loop):
             continue
+        steps = {n: s * (kernel.loops[n].extent - 1) for n, s in access.strides if n != loop}
+        low = access.offset + sum(s for s in steps.values() if s < 0)
+        high = access.offset + sum(s for s in steps.values() if s > 0)
         stride = value.layout.strides(value.shape)[0]
-        reach = access.offset + sum(
-            s * (kernel.loops[n].extent - 1) for n, s in access.strides if n != _BLOCK and s > 0
-        )
-        low = access.offset + sum(
-            s * (kernel.loops[n].extent - 1) for n, s in access.strides if s < 0
-        )
-        guarded = any(e.op == "within" for e in kernel.expressions())
-        if access.stride(_BLOCK) != stride or (not guarded and not 0 <= low <= reach < stride):
+        if access.stride(loop) != stride or (not guarded and not 0 <= low <= high < stride):
             return None
-    return counts.pop()
-
-
-# The loop over blocks of the batch in kernels whose results have images in their lanes.
-_BLOCK = "i0b"
+    return None if weights > own else count
 
 
 def plan_launches(
@@ -137,7 +144,8 @@ def plan_launches(
     for node in graph:
         if node.op == "fused":
             kernel, count = kernels[node.name], grouped.get(node.name, 0)
-            together = kernel.loops[_BLOCK].extent // count if count else 1
-            schedule = choose_schedule(kernel, lanes, threads, _BLOCK if count else None, together)
+            block = kernel.outer[0] if count else None
+            together = kernel.loops[block].extent // count if block else 1
+            schedule = choose_schedule(kernel, lanes, threads, block, together)
             launches.append(Launch(node, kernel, schedule, render(kernel, schedule, lanes), count))
     return launches

@@ -12,7 +12,7 @@ from graphc.ir import Value
 from graphc.ops.compare import ge, gt, le, logical_and, where
 from graphc.ops.elementwise import add, erf, erf_reference, exp, mul, square, sub
 from graphc.ops.pointwise import define_unary
-from graphc.ops.registry import apply
+from graphc.ops.registry import apply, here
 
 __all__ = [
     "relu",
@@ -97,7 +97,7 @@ def clip(
 
     As in torch.clamp, `max` wins where min > max."""
     if min is None and max is None:
-        raise errors.DeclarationError(f"clip of {x.name!r}: give min, max or both")
+        raise errors.DeclarationError(f"{here()}clip of {x.name!r}: give min, max or both")
     return apply("clip", x, name=name, min=_limit(x, min), max=_limit(x, max))[0]
 
 
@@ -241,7 +241,7 @@ def _limit(x: Value, limit: float | None) -> float | None:
         return None if limit is None else float(limit)
     if limit != int(limit):
         raise errors.DTypeError(
-            f"clip of {x.name!r} {x.type}: the limit {limit!r} is not an integer"
+            f"{here()}clip of {x.name!r} {x.type}: the limit {limit!r} is not an integer"
         )
     return int(limit)
 

@@ -21,7 +21,7 @@ from graphc.ops.pointwise import (
     lower_of,
     operands,
 )
-from graphc.ops.registry import Attrs, Lowering, OpDef, Sample, apply, register
+from graphc.ops.registry import Attrs, Lowering, OpDef, Sample, apply, here, register
 
 __all__ = ["lt", "le", "gt", "ge", "eq", "ne", "logical_and", "logical_or", "logical_not"]
 __all__ += ["where", "cast", "one_hot"]
@@ -102,7 +102,7 @@ def one_hot(
     rank = labels.rank + 1
     if not -rank <= axis < rank:
         raise errors.ShapeError(
-            f"one_hot of {labels.name!r} {labels.type}: axis {axis} is not in [-{rank}, {rank})"
+            f"{here()}one_hot of {labels.name!r} {labels.type}: axis {axis} is not in [-{rank}, {rank})"
         )
     return apply("one_hot", labels, name=name, classes=int(classes), dtype=dtype, axis=axis % rank)[
         0

@@ -19,7 +19,7 @@ from graphc.ir import Dimension, Node, TensorType, Value
 from graphc.ops.compare import cast, eq, where
 from graphc.ops.elementwise import div, mul, square, sub
 from graphc.ops.pointwise import chain_rule, check_dtype, draw, whole_numbers
-from graphc.ops.registry import Attrs, Lowering, OpDef, Sample, apply, register
+from graphc.ops.registry import Attrs, Lowering, OpDef, Sample, apply, here, register
 
 __all__ = ["sum", "mean", "max", "min", "prod", "var", "argmax"]
 
@@ -55,7 +55,7 @@ def _reduce(op: str, x: Value, axis: Axis, keepdims: bool, name: str | None, **a
     try:
         axes = normalize_axes(axis, x.rank)
     except errors.ShapeError as error:
-        raise errors.ShapeError(f"{op} of {x.name!r} {x.type}: {error}") from None
+        raise errors.ShapeError(f"{here()}{op} of {x.name!r} {x.type}: {error}") from None
     return apply(op, x, name=name, axis=axes, keepdims=bool(keepdims), **attrs)[0]
 
 

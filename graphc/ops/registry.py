@@ -14,7 +14,7 @@ import numpy as np
 
 from graphc import errors
 from graphc.expr import Expr, Index
-from graphc.ir import Graph, Node, TensorType, Value
+from graphc.ir import Graph, Node, TensorType, Value, _caller
 
 Attrs = dict[str, Any]
 
@@ -120,6 +120,12 @@ def lift(x: Any, like: Value) -> Value:
     if isinstance(x, (bool, int, float, np.ndarray, np.generic, list, tuple)):
         return like.graph.constant(x, dtype=like.dtype)
     raise errors.DeclarationError(f"{type(x).__name__} is not a graph value, a number or an array")
+
+
+def here() -> str:
+    """The user's line, for errors met before there is a node that could name it: `lenet.py:12: `."""
+    origin = _caller()
+    return f"{origin}: " if origin.file else ""
 
 
 def graph_of(*operands: Any) -> Graph:

@@ -17,7 +17,7 @@ from graphc.ir import Dimension, Node, TensorType, Value
 from graphc.ops.broadcast import broadcast_index, broadcast_shapes, unbroadcast
 from graphc.ops.pointwise import SHAPES, chain_rule, draw, sizes
 from graphc.ops.reduce import normalize_axes
-from graphc.ops.registry import Attrs, Lowering, OpDef, Sample, apply, register
+from graphc.ops.registry import Attrs, Lowering, OpDef, Sample, apply, here, register
 
 __all__ = ["reshape", "flatten", "squeeze", "unsqueeze", "transpose", "expand", "stop_gradient"]
 
@@ -39,7 +39,7 @@ def squeeze(x: Value, axis: int | Iterable[int], name: str | None = None) -> Val
     for a in axes:
         if x.shape[a] != 1:
             raise errors.ShapeError(
-                f"squeeze of {x.name!r} {x.type}: axis {a} has size {x.shape[a]}, not 1"
+                f"{here()}squeeze of {x.name!r} {x.type}: axis {a} has size {x.shape[a]}, not 1"
             )
     return reshape(x, [d for a, d in enumerate(x.shape) if a not in axes], name=name or "squeeze")
 
@@ -50,7 +50,7 @@ def unsqueeze(x: Value, axis: int | Iterable[int], name: str | None = None) -> V
     try:
         axes = normalize_axes(axis, rank)
     except errors.ShapeError as error:
-        raise errors.ShapeError(f"unsqueeze of {x.name!r} {x.type}: {error}") from None
+        raise errors.ShapeError(f"{here()}unsqueeze of {x.name!r} {x.type}: {error}") from None
     sizes = iter(x.shape)
     return reshape(
         x, [1 if a in axes else next(sizes) for a in range(rank)], name=name or "unsqueeze"
@@ -62,7 +62,7 @@ def transpose(x: Value, axes: Iterable[int] | None = None, name: str | None = No
     order = tuple(range(x.rank))[::-1] if axes is None else tuple(axes)
     if len(order) != x.rank or len(_axes(x, order, "transpose")) != x.rank:
         raise errors.ShapeError(
-            f"transpose of {x.name!r} {x.type}: axes {order} do not order {x.rank} axes"
+            f"{here()}transpose of {x.name!r} {x.type}: axes {order} do not order {x.rank} axes"
         )
     return apply("transpose", x, name=name, axes=tuple(int(a) % x.rank for a in order))[0]
 
@@ -74,7 +74,7 @@ def expand(x: Value, shape: Iterable[Dimension], name: str | None = None) -> Val
     for a, d in enumerate(target):
         if d == -1 and a < lead:
             raise errors.ShapeError(
-                f"expand of {x.name!r} {x.type}: new axis {a} needs a size, not -1"
+                f"{here()}expand of {x.name!r} {x.type}: new axis {a} needs a size, not -1"
             )
     target = tuple(x.shape[a - lead] if d == -1 else d for a, d in enumerate(target))
     return apply("expand", x, name=name, shape=target)[0]
@@ -89,7 +89,7 @@ def _axes(x: Value, axis: int | Iterable[int], op: str) -> tuple[int, ...]:
     try:
         return normalize_axes(axis, x.rank)
     except errors.ShapeError as error:
-        raise errors.ShapeError(f"{op} of {x.name!r} {x.type}: {error}") from None
+        raise errors.ShapeError(f"{here()}{op} of {x.name!r} {x.type}: {error}") from None
 
 
 def checked_axis(x: Value, axis: int, op: str) -> int:
@@ -111,7 +111,7 @@ def _resolve_shape(x: Value, shape: tuple[Dimension, ...]) -> tuple[Dimension, .
     shape = tuple(d if isinstance(d, str) else int(d) for d in shape)
     if -1 not in shape:
         return shape
-    where_from = f"reshape of {x.name!r} {x.type} to {list(shape)}"
+    where_from = f"{here()}reshape of {x.name!r} {x.type} to {list(shape)}"
     if shape.count(-1) > 1:
         raise errors.ShapeError(f"{where_from}: only one dimension can be -1")
     (size, names), (given, given_names) = _volume(x.shape), _volume([d for d in shape if d != -1])

@@ -15,7 +15,7 @@ from graphc.expr import Expr, Index, within
 from graphc.ir import Dimension, Node, TensorType, Value
 from graphc.ops.broadcast import same_dtype
 from graphc.ops.pointwise import chain_rule, differentiable, draw, sizes
-from graphc.ops.registry import Attrs, Lowering, OpDef, Sample, apply, register
+from graphc.ops.registry import Attrs, Lowering, OpDef, Sample, apply, here, register
 from graphc.ops.shape import checked_axis, reshape, unsqueeze
 
 __all__ = ["slice", "split", "pad", "concat", "stack"]
@@ -36,7 +36,7 @@ def slice(
     steps = [1] * len(starts) if steps is None else steps
     if not len(starts) == len(stops) == len(steps) <= x.rank:
         raise errors.ShapeError(
-            f"slice of {x.name!r} {x.type}: {len(starts)} starts, {len(stops)} stops and "
+            f"{here()}slice of {x.name!r} {x.type}: {len(starts)} starts, {len(stops)} stops and "
             f"{len(steps)} steps for {x.rank} axes"
         )
     bounds = [_bounds(x, a, *b) for a, b in enumerate(zip(starts, stops, steps, strict=True))]
@@ -58,16 +58,16 @@ def split(
     axis = checked_axis(x, axis, "split")
     size = x.shape[axis]
     if isinstance(size, str):
-        raise errors.ShapeError(f"split of {x.name!r} {x.type}: axis {axis} has no size yet")
+        raise errors.ShapeError(f"{here()}split of {x.name!r} {x.type}: axis {axis} has no size yet")
     if isinstance(parts, int):
         if parts < 1 or size % parts:
             raise errors.ShapeError(
-                f"split of {x.name!r} {x.type}: axis {axis} does not divide into {parts} parts"
+                f"{here()}split of {x.name!r} {x.type}: axis {axis} does not divide into {parts} parts"
             )
         parts = [size // parts] * parts
     if builtins.sum(parts) != size or builtins.min(parts, default=0) < 0:
         raise errors.ShapeError(
-            f"split of {x.name!r} {x.type}: sizes {list(parts)} do not add up to {size}"
+            f"{here()}split of {x.name!r} {x.type}: sizes {list(parts)} do not add up to {size}"
         )
     found, start, before = [], 0, [None] * axis
     for part in parts:
@@ -106,7 +106,7 @@ def _bounds(
     size = x.shape[axis]
     if step < 1:
         raise errors.ShapeError(
-            f"slice of {x.name!r} {x.type}: step {step} of axis {axis} is below 1"
+            f"{here()}slice of {x.name!r} {x.type}: step {step} of axis {axis} is below 1"
         )
     if isinstance(size, int):
         first, last, _ = builtins.slice(start, stop, step).indices(size)
@@ -115,7 +115,7 @@ def _bounds(
         return 0, size, 1
     if stop is None or stop < 0 or (start or 0) < 0:
         raise errors.ShapeError(
-            f"slice of {x.name!r} {x.type}: axis {axis} has no size yet; "
+            f"{here()}slice of {x.name!r} {x.type}: axis {axis} has no size yet; "
             f"slice it whole or with bounds >= 0"
         )
     return int(start or 0), int(builtins.max(start or 0, stop)), int(step)

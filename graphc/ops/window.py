@@ -17,7 +17,7 @@ import numpy as np
 from graphc import errors
 from graphc.expr import Expr, Index
 from graphc.ir import Dimension, TensorType, Value
-from graphc.ops.registry import Attrs, Lowering
+from graphc.ops.registry import Attrs, Lowering, here
 
 Pair = tuple[int, int]
 Padding = tuple[Pair, Pair]
@@ -34,7 +34,7 @@ def naming(op: str, name: str | None, x: Value) -> Iterator[None]:
         yield
     except errors.DeclarationError as error:
         call = f"{name} ({op})" if name else op
-        raise type(error)(f"{call} of input {x.name!r} {x.type}: {error}") from None
+        raise type(error)(f"{here()}{call} of input {x.name!r} {x.type}: {error}") from None
 
 
 def pair(value: Any, what: str, least: int = 1) -> Pair:
