@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from graphc import errors
-from graphc.ir import Graph, Origin, Value, _caller
+from graphc.ir import Graph, Value, _caller, called_from
 from graphc.optim import Optimizer
 from graphc.runtime.executable import Executable, InterpretedExecutable
 from passes.assign_layouts import AssignLayouts
@@ -67,8 +67,9 @@ def compile(
     Raises GraphcError subclasses, each naming the node and what to change.
     """
     _check_options(target, threads, precision, mode, outputs, gradients, optimizer)
-    declared, origin = graph.copy(), _caller()
+    declared = graph.copy()
 
+    @called_from(_caller())
     def shaped(
         observer: Observer | None = None,
     ) -> tuple[Graph, dict[str, Any], tuple[PassRecord, ...]]:
@@ -84,7 +85,6 @@ def compile(
             seed,
             algorithms(target, precision, bool(gradients or optimizer)),
             observer,
-            origin,
         )
         if target == "interpret":
             return joint, {}, records
@@ -157,7 +157,6 @@ def transform(
     seed: int = 0,
     algorithms: Pipeline | None = None,
     observer: Observer | None = None,
-    origin: Origin | None = None,
 ) -> tuple[Graph, tuple[PassRecord, ...]]:
     """Bind, choose algorithms, differentiate, add the optimizer and simplify."""
     if (gradients or optimizer) and loss is None:
@@ -189,8 +188,7 @@ def transform(
         g.outputs |= {f"grad:{name}": found[name] for name in gradients}
         if optimizer:
             start = len(g)
-            with g.origin(origin):
-                optimizer.apply(g, {n: found[n] for n in trained})
+            optimizer.apply(g, {n: found[n] for n in trained})
             _mark(g, start, "update")
         records += (PassRecord("differentiate", time.perf_counter() - began, before, len(g)),)
         if observer:

@@ -8,6 +8,7 @@ producer's output index, so that `x * x` and operand order survive any networkx 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import hashlib
 import math
 import os
@@ -643,8 +644,21 @@ def _checked_type(name: str, shape: Iterable[Dimension], dtype: str) -> TensorTy
     return TensorType(tuple(dims), dtype)
 
 
+@contextlib.contextmanager
+def called_from(origin: Origin):
+    """Nodes that have no other origin take this one, wherever the code inside is called from."""
+    token = _PINNED.set(origin)
+    try:
+        yield
+    finally:
+        _PINNED.reset(token)
+
+
 def _caller() -> Origin:
     """The first stack frame outside graphc and passes: the user's line."""
+    pinned = _PINNED.get()
+    if pinned is not None:
+        return pinned
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
@@ -655,3 +669,4 @@ def _caller() -> Origin:
 
 
 _PASSES = os.path.join(os.path.dirname(_PACKAGE), "passes")
+_PINNED: contextvars.ContextVar[Origin | None] = contextvars.ContextVar("origin", default=None)

@@ -58,7 +58,11 @@ def both(graph: Graph, **options: Any) -> tuple[Executable, Executable]:
 
 
 def assert_same(
-    graph: Graph, feeds: Mapping[str, Any], steps: int = 1, tolerance: float | None = None, **options: Any
+    graph: Graph,
+    feeds: Mapping[str, Any],
+    steps: int = 1,
+    tolerance: float | None = None,
+    **options: Any,
 ) -> tuple[Executable, Executable]:
     """Compile, run `steps` times both ways on the same arrays, compare outputs and the state."""
     compiled, reference = both(graph, **options)

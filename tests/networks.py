@@ -50,11 +50,16 @@ def transformer_block(tokens: int = 7, width: int = 24, heads: int = 3) -> Graph
         scale = g.parameter(f"{name}.weight", (width,), np.linspace(0.5, 1.5, width))
         shift = g.parameter(f"{name}.bias", (width,), np.linspace(-0.5, 0.5, width))
         centred = v - gc.mean(v, -1, keepdims=True)
-        return centred * gc.rsqrt(gc.mean(gc.square(centred), -1, keepdims=True) + 1e-5) * scale + shift
+        return (
+            centred * gc.rsqrt(gc.mean(gc.square(centred), -1, keepdims=True) + 1e-5) * scale
+            + shift
+        )
 
     def projected(v: Value, out: int, name: str) -> Value:
         rng = np.random.default_rng(len(name))
-        weight = g.parameter(f"{name}.weight", (v.shape[-1], out), rng.normal(0, 0.2, (v.shape[-1], out)))
+        weight = g.parameter(
+            f"{name}.weight", (v.shape[-1], out), rng.normal(0, 0.2, (v.shape[-1], out))
+        )
         return gc.matmul(v, weight) + g.parameter(f"{name}.bias", (out,))
 
     def split(v: Value) -> Value:

@@ -170,9 +170,7 @@ def test_all_operators_in_one_network():
     """Every operator of the recipes once, each from its own pair of operands, in one compile call."""
     graph = Graph("all")
     x, y = graph.input("x", (2, 3, 7, 17)), graph.input("y", (17,))
-    results = {
-        name: function(*(x, y)[:arity]) for name, (arity, function) in OPERATORS.items()
-    }
+    results = {name: function(*(x, y)[:arity]) for name, (arity, function) in OPERATORS.items()}
     loss = graph.constant(0.0)
     for value in results.values():
         loss = loss + gc.mean(gc.tanh(value))

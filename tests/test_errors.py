@@ -83,8 +83,7 @@ SHAPES = {
     ),
     "total": (
         lambda g, x: gc.sum(x, 7, name="total"),
-        "total (sum, *): axis 7 is not in [-4, 4) for an operand of rank 4 "
-        "(operands: 'image' f32[N,3,8,8])",
+        "*: sum of 'image' f32[N,3,8,8]: axis 7 is not in [-4, 4) for an operand of rank 4",
     ),
 }
 
@@ -131,7 +130,7 @@ def test_unknown_names(g):
         "graph 'net' has no output and no node 'logit'; did you mean 'logits'?"
     )
     assert message(errors.NameLookupError, compile_(g, loss="lost", gradients=["image"])) == (
-        "graph 'net' has no output and no node 'lost'; did you mean 'loss'?"
+        "graph 'net' has no output and no node 'lost'; did you mean 'loss', 'logits'?"
     )
     assert message(errors.NameLookupError, compile_(g, loss="loss", gradients=["conv.weight"])) == (
         "graph 'net' has no output and no node 'conv.weight'; "
@@ -170,7 +169,10 @@ def test_losses_and_gradients(g):
 def test_options(g):
     for options, text in (
         ({"outputs": "loss"}, "outputs='loss': pass a list of names, e.g. outputs=['loss']"),
-        ({"outputs": []}, "nothing to compute: name outputs=[...], gradients=[...] or an optimizer"),
+        (
+            {"outputs": []},
+            "nothing to compute: name outputs=[...], gradients=[...] or an optimizer",
+        ),
         (
             {"optimizer": "adam", "loss": "loss"},
             "optimizer='adam': pass an optimizer, e.g. gc.optim.SGD(lr=0.1)",
@@ -182,9 +184,7 @@ def test_options(g):
 
 
 def test_operators_without_a_lowering(g, monkeypatch):
-    monkeypatch.setitem(
-        registry._REGISTRY, "relu", replace(registry.get("relu"), lower=None)
-    )
+    monkeypatch.setitem(registry._REGISTRY, "relu", replace(registry.get("relu"), lower=None))
     assert message(errors.CompileError, compile_(g)) == (
         f"cannot be compiled: conv1 (fused, {HERE}:*): relu (relu, {HERE}:*): operator 'relu' has no "
         "lowering for the CPU; give its OpDef a lower or a decompose rule, or use "

@@ -131,9 +131,18 @@ def test_inputs_that_do_not_fit():
         ({"x": None}, "input 'x' f32[3,7] is missing: pass x=..."),
         ({"xx": x}, "there is no input 'xx'; the inputs are 'x'; did you mean 'x'?"),
         ({"x": x, "z": x}, "there is no input 'z'; the inputs are 'x'"),
-        ({"x": x, "target": x}, "input 'target' is not needed for the outputs that were compiled: leave it out"),
-        ({"x": x[:2]}, "input 'x' expects f32[3,7], got shape [2, 7]: pass that shape, or compile with other dims"),
-        ({"x": x + 0j}, "input 'x' expects f32[3,7], got complex64: convert it with .astype('float32')"),
+        (
+            {"x": x, "target": x},
+            "input 'target' is not needed for the outputs that were compiled: leave it out",
+        ),
+        (
+            {"x": x[:2]},
+            "input 'x' expects f32[3,7], got shape [2, 7]: pass that shape, or compile with other dims",
+        ),
+        (
+            {"x": x + 0j},
+            "input 'x' expects f32[3,7], got complex64: convert it with .astype('float32')",
+        ),
     ]:
         with pytest.raises(errors.InputError) as caught:
             exe.run(arrays)
@@ -202,9 +211,7 @@ def test_outputs_written_into_given_arrays():
 
 
 def test_gradients_of_inputs():
-    exe = gc.compile(
-        network(), outputs=[], loss="loss", gradients=["x", "fc.bias"], dims={"N": 3}
-    )
+    exe = gc.compile(network(), outputs=[], loss="loss", gradients=["x", "fc.bias"], dims={"N": 3})
     arrays = data()
     got = exe(**arrays)
     assert list(got) == ["grad:x", "grad:fc.bias"]
@@ -239,9 +246,7 @@ def test_state_in_blocked_layouts_has_torchs_layout():
     blocked = gc.compile(g, dims={"N": 2}, pipeline=gc.default_pipeline("channels"), **options)
     plain = gc.compile(g, dims={"N": 2}, target="interpret", **options)
     rng = np.random.default_rng(0)
-    fresh = {
-        n: rng.standard_normal(a.shape).astype(a.dtype) for n, a in plain.state(True).items()
-    }
+    fresh = {n: rng.standard_normal(a.shape).astype(a.dtype) for n, a in plain.state(True).items()}
     blocked.load_state(fresh)
     assert {n: a.shape for n, a in blocked.state(True).items()} == {
         n: a.shape for n, a in fresh.items()
@@ -270,10 +275,16 @@ def test_state_that_does_not_fit_changes_nothing():
     before = exe.state()
     good = {name: array + 1 for name, array in before.items()}
     for bad, text in [
-        ({**good, "fc2.bias": good["fc.bias"]}, "the network has no 'fc2.bias' (strict=False skips)"),
+        (
+            {**good, "fc2.bias": good["fc.bias"]},
+            "the network has no 'fc2.bias' (strict=False skips)",
+        ),
         ({"fc.weight": good["fc.weight"]}, "missing 'fc.bias' (strict=False keeps them)"),
         ({**good, "fc.bias": np.zeros(4)}, "'fc.bias' is f32[5], got shape [4]"),
-        ({**good, "fc.bias": np.array(list("abcde"))}, "'fc.bias' is f32[5], got <U1: pass numbers"),
+        (
+            {**good, "fc.bias": np.array(list("abcde"))},
+            "'fc.bias' is f32[5], got <U1: pass numbers",
+        ),
     ]:
         with pytest.raises(errors.StateError) as caught:
             exe.load_state(bad)
@@ -360,7 +371,9 @@ def test_check_names_the_wrong_kernel(monkeypatch):
     with pytest.raises(errors.CheckError) as caught:
         exe(x=data()["x"])
     text = str(caught.value)
-    assert text.startswith("fc (fused, test_executable.py:") and "differs from the interpreter" in text
+    assert (
+        text.startswith("fc (fused, test_executable.py:") and "differs from the interpreter" in text
+    )
     assert "kernel source: " in text and "\n" not in text
 
 

@@ -99,7 +99,8 @@ def blocks(node: Node) -> int | None:
     """Into how many blocks of the batch a region falls apart, if no block reads what another one writes.
 
     A block is a vector of images where the batch lies in the lanes, else one image. Regions whose
-    weights are larger than a block's own values are better off with the whole batch at once."""
+    weights neither stay in the cache nor are small beside a block's own values are better off with the
+    whole batch at once."""
     batch_lanes = {v.layout.lane_axis == 0 for v in node.outputs}
     if len(batch_lanes) != 1 or any(not v.shape for v in node.outputs):
         return None
@@ -130,7 +131,11 @@ def blocks(node: Node) -> int | None:
         stride = value.layout.strides(value.shape)[0]
         if access.stride(loop) != stride or (not guarded and not 0 <= low <= high < stride):
             return None
-    return None if weights > own else count
+    return None if weights > max(own, _CACHE_BYTES) else count
+
+
+# Weights up to this size stay in a core's cache from block to block.
+_CACHE_BYTES = 400_000
 
 
 def plan_launches(

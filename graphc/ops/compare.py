@@ -102,7 +102,8 @@ def one_hot(
     rank = labels.rank + 1
     if not -rank <= axis < rank:
         raise errors.ShapeError(
-            f"{here()}one_hot of {labels.name!r} {labels.type}: axis {axis} is not in [-{rank}, {rank})"
+            f"{here()}one_hot of {labels.name!r} {labels.type}: "
+            f"axis {axis} is not in [-{rank}, {rank})"
         )
     return apply("one_hot", labels, name=name, classes=int(classes), dtype=dtype, axis=axis % rank)[
         0

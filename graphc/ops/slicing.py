@@ -62,7 +62,8 @@ def split(
     if isinstance(parts, int):
         if parts < 1 or size % parts:
             raise errors.ShapeError(
-                f"{here()}split of {x.name!r} {x.type}: axis {axis} does not divide into {parts} parts"
+                f"{here()}split of {x.name!r} {x.type}: "
+                f"axis {axis} does not divide into {parts} parts"
             )
         parts = [size // parts] * parts
     if builtins.sum(parts) != size or builtins.min(parts, default=0) < 0:
