@@ -139,6 +139,8 @@ class _Assign:
                 self.mapping[old] = value
                 if self._is_batched(node, old):
                     self.batched.add(value)
+            if node.op == "fused":
+                copy.attrs["batched"] = all(v in self.batched for v in copy.outputs)
         for name, value in self.graph.outputs.items():
             self.new.outputs[name] = self.convert(self.mapping[value], ROWS)
         for name, value in self.graph.updates.items():

@@ -102,7 +102,7 @@ def blocks(node: Node) -> int | None:
     weights neither stay in the cache nor are small beside a block's own values are better off with the
     whole batch at once."""
     batch_lanes = {v.layout.lane_axis == 0 for v in node.outputs}
-    if len(batch_lanes) != 1 or any(not v.shape for v in node.outputs):
+    if len(batch_lanes) != 1 or not node.attrs.get("batched"):
         return None
     loop = "i0b" if batch_lanes.pop() else "i0"
     kernel = lower_node(node)
