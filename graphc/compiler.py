@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,7 @@ def compile(
     optimizer: Optimizer | None = None,
     target: str = "cpu",
     threads: int | None = None,
+    memory_limit: int | str | None = None,
     precision: str = "float32",
     mode: str | None = None,
     check: bool = False,
@@ -57,6 +59,7 @@ def compile(
     optimizer  an optimizer of `gc.optim`: one call is a whole training step
     target     "cpu" (native code) or "interpret" (NumPy references, the oracle)
     threads    threads of one call; default: every core this process may use
+    memory_limit  most bytes of activations, e.g. "200MB"; refused if the plan cannot do with less
     precision  "float32"; "strict" forbids algorithms that round more than a direct convolution
     mode       "train" or "infer", for batch norm and dropout; default: train where a loss is
                differentiated, else infer
@@ -67,7 +70,7 @@ def compile(
     Raises GraphcError subclasses, each naming the node and what to change.
     """
     _check_options(target, threads, precision, mode, outputs, gradients, optimizer)
-    declared = graph.copy()
+    declared, limit = graph.copy(), _bytes(memory_limit)
 
     @called_from(_caller())
     def shaped(
@@ -91,6 +94,16 @@ def compile(
         fused, more = (pipeline or default_pipeline()).run(joint, observer=observer)
         kernels = cpu_target.lower_graph(fused)
         planned, final = memory_pipeline(threads, check).run(fused, observer=observer)
+        if limit is not None and planned.annotations["memory"].arena_bytes > limit:
+            # Values of a group all live at once: without groups the plan is as small as it gets.
+            small = memory_pipeline(threads, check).without("parallelize")
+            planned, final = small.run(fused, observer=observer)
+            least = planned.annotations["memory"].arena_bytes
+            if least > limit:
+                raise errors.CompileError(
+                    f"memory_limit={memory_limit!r}: graph {graph.name!r} needs {least} bytes of "
+                    f"activations at least ({least / 1e6:.1f} MB); use a smaller batch or raise it"
+                )
         return planned, kernels, (*records, *more, *final)
 
     if target == "interpret":
@@ -107,6 +120,21 @@ def compile(
         executable = CpuExecutable(planned, launches, threads, seed, _progress(), check=check)
     executable.records, executable.replay = records, shaped
     return executable
+
+
+def _bytes(limit: int | str | None) -> int | None:
+    """A number of bytes, from a number or a text such as "200MB" or "1.5 GiB"."""
+    if limit is None or isinstance(limit, int) and limit > 0:
+        return limit
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([kMG]?)(i?)B?\s*", str(limit))
+    try:
+        assert match and isinstance(limit, str)
+        unit = 1024 if match[3] else 1000
+        return int(float(match[1]) * unit ** " kMG".index(match[2] or " "))
+    except (AssertionError, ValueError):
+        raise errors.CompileError(
+            f'memory_limit={limit!r}: use bytes or a text such as "200MB"'
+        ) from None
 
 
 def default_pipeline(layout: str | None = None) -> Pipeline:

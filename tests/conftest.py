@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,12 @@ from hypothesis import HealthCheck, settings
 
 # Every pass checks the graph it leaves. Set before graphc is imported.
 os.environ.setdefault("GRAPHC_VERIFY", "1")
+
+# Kernels of this run go to a folder of their own, so that every run proves the compiler anew.
+# GRAPHC_CACHE_DIR keeps them, for working on the tests.
+_CACHE = None if os.environ.get("GRAPHC_CACHE_DIR") else tempfile.mkdtemp(prefix="graphc-tests-")
+if _CACHE:
+    os.environ["GRAPHC_CACHE_DIR"] = _CACHE
 
 settings.register_profile(
     "graphc",
@@ -23,6 +31,11 @@ settings.register_profile(
 settings.load_profile("graphc")
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _CACHE:
+        shutil.rmtree(_CACHE, ignore_errors=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,7 +1,9 @@
-"""The residual networks against a definition in PyTorch: state dictionaries, logits, gradients, training.
+"""The residual networks against a definition in PyTorch: weights, logits, gradients, training.
 
 The reference is PyTorch in float64. The interpreter in float64 must agree to 1e-5, compiled float32
-kernels to 1e-3 of each array's norm.
+kernels to 1e-3 of each array's norm. A relu's input that rounding moves across 0 changes gradients
+by a percent in batches as small as here, whoever rounds: where gradients are compared closely, the
+biases of batch norm keep nearly all inputs of relus away from 0 (`clear=True`).
 """
 
 from __future__ import annotations
@@ -121,19 +123,33 @@ def arrays(module: Any) -> dict[str, np.ndarray]:
     return {name: tensor.detach().numpy().copy() for name, tensor in module.state_dict().items()}
 
 
-@cache
-def reference(name: str, options: tuple, batch: int, size: int | None = None) -> Reference:
-    """Random weights and statistics, all different from their initial values; a random batch."""
-    arguments = dict(options)
-    graph = getattr(gc.zoo, name)(**arguments, **({"image_size": size} if size else {}))
+def randomise(module: ResNet, clear: bool) -> None:
+    """Weights and statistics that all differ from their initial values, the same at every call."""
     torch.manual_seed(0)
-    module = torch_network(name, **arguments)
     for part in module.modules():
+        if isinstance(part, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
         if isinstance(part, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(part.weight, 0.5, 1.5)
-            torch.nn.init.normal_(part.bias, 0, 0.2)
+            torch.nn.init.uniform_(part.weight, 0.5, 1 if clear else 1.5)
+            torch.nn.init.normal_(part.bias, 3.5 if clear else 0, 0.2)
             torch.nn.init.normal_(part.running_mean, 0, 0.2)
             torch.nn.init.uniform_(part.running_var, 0.5, 2)
+    if clear:
+        # Half of the channels between a block's convolutions are cut off, nearly always.
+        for part in module.modules():
+            if isinstance(part, Block):
+                part.bn1.bias.data[::2].neg_()
+
+
+@cache
+def reference(
+    name: str, options: tuple, batch: int, size: int | None = None, clear: bool = False
+) -> Reference:
+    """A network with random weights, a random batch, and PyTorch's results."""
+    arguments = dict(options)
+    graph = getattr(gc.zoo, name)(**arguments, **({"image_size": size} if size else {}))
+    module = torch_network(name, **arguments)
+    randomise(module, clear)
     rng = np.random.default_rng(1)
     shape = graph.bind({"N": batch}).inputs["image"].types[0].shape
     feeds = {
@@ -268,16 +284,21 @@ def test_compiled_logits(case):
 
 @SMALL
 def test_compiled_gradients(case):
-    assert_trains(reference(*case), 1e-3)
+    assert_trains(reference(*case, clear=True), 1e-3)
 
 
-def test_compiled_gradients_of_odd_batch():
-    assert_trains(reference("resnet20", (), 7), 1e-3, threads=3)
+@pytest.mark.parametrize("threads", (1, 3))
+def test_compiled_gradients_of_odd_batch(threads):
+    assert_trains(reference("resnet20", (), 7, clear=True), 1e-3, threads=threads)
+
+
+def test_compiled_gradients_near_the_corners_of_relu():
+    assert_trains(reference(*RESNET20), 5e-2)
 
 
 def test_training_step_is_torchs():
     """Three steps of SGD with momentum and weight decay move the weights as torch.optim does."""
-    known = reference(*RESNET20)
+    known = reference(*RESNET20, clear=True)
     rate, decay = 0.05, 1e-3
     module = torch_network("resnet20")
     module.load_state_dict({n: torch.tensor(a) for n, a in known.state.items()})
@@ -313,9 +334,9 @@ def test_images_of_224_pixels(name):
     infer = gc.compile(known.graph, outputs=["logits"], dims=known.dims)
     infer.load_state(known.state)
     assert error(infer(image=known.feeds["image"])["logits"], known.inferred) < 1e-3
-    assert_trains(known, 1e-3)
+    assert_trains(reference(name, (), 2, clear=True), 1e-3)
 
 
 @pytest.mark.slow
 def test_imagenet_stem_of_small_images():
-    assert_trains(reference("resnet50", (("classes", 10),), 4, 64), 1e-3)
+    assert_trains(reference("resnet50", (("classes", 10),), 4, 64, clear=True), 1e-3)

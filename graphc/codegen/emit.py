@@ -178,6 +178,11 @@ class Emitter:
     def _emit_call(self, expr: Expr, scope: Scope) -> Var:
         axes = self.axes(expr)
         operands = [self.spread(self.emit(a, scope), axes, scope) for a in expr.args]
+        first = 1 if expr.op == "select" else 0
+        if expr.dtype != "bool" and all(a.op == "constant" for a in expr.args[first:]):
+            # Literals alone would have Numba's widest type.
+            cast = self.factory(f"to_{expr.dtype}", f'v.cast("{expr.dtype}")')
+            operands[first:] = [f"{cast}({text})" for text in operands[first:]]
         name = self.factory(expr.op, f"v.{expr.op}")
         return self._assign(scope, expr.op, f"{name}({', '.join(operands)})", axes)
 

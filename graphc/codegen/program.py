@@ -123,13 +123,24 @@ def blocks(node: Node) -> int | None:
                 own += size // count
             else:
                 weights += size
-        if value.node.op in SOURCES or not access.stride(loop):
+        producer = value.node
+        while producer.op == "reshape":
+            producer = producer.inputs[0].node
+        if producer.op in SOURCES:
+            continue
+        if not access.stride(loop):
+            if producer.attrs.get("batched"):  # every block reads what all blocks write
+                return None
             continue
         steps = {n: s * (kernel.loops[n].extent - 1) for n, s in access.strides if n != loop}
         low = access.offset + sum(s for s in steps.values() if s < 0)
         high = access.offset + sum(s for s in steps.values() if s > 0)
         stride = value.layout.strides(value.shape)[0]
-        if access.stride(loop) != stride or (not guarded and not 0 <= low <= high < stride):
+        if access.stride(loop) != stride:
+            return None
+        # Behind a bounds check an access may start in another block, which padding makes it do, but an
+        # offset of whole blocks belongs to another image.
+        if not (-stride < access.offset < stride if guarded else 0 <= low <= high < stride):
             return None
     return None if weights > max(own, _CACHE_BYTES) else count
 

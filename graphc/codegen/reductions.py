@@ -107,7 +107,9 @@ class ReductionEmitter(Emitter):
                 a = self._operand(left, axes, scope)
                 b = self._operand(right, axes, scope)
                 fma = self.factory(f"fma_{len(a[1])}", f"v.tile_fma({a[1]}, {b[1]})")
-                scope.add(f"{names[0].name} = {fma}({names[0].name}, {a[0]}, {b[0]})")
+                update = f"{fma}({names[0].name}, {a[0]}, {b[0]})"
+                update = self._masked(update, names[0].name, scope, body)
+                scope.add(f"{names[0].name} = {update}")
             else:
                 fma = self.factory("fma", "v.fma")
                 value = self._masked(
