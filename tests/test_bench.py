@@ -168,6 +168,35 @@ def test_onnx_computes_the_same(own_model, peer):
 # ---- processes
 
 
+def test_the_fastest_variant_is_chosen(monkeypatch):
+    """Of several ways to do the work; its results are those reported."""
+    import time
+
+    from graphc.bench import measure
+
+    def variant(seconds, result):
+        def step():
+            time.sleep(seconds)
+            return result
+
+        return lambda: step
+
+    class Variants(Graphc):
+        def load(self, threads):
+            pass
+
+        def candidates(self, work):
+            return [("slow", variant(0.02, 1.0)), ("fast", variant(0.001, 2.0))]
+
+    monkeypatch.setitem(PEERS, "graphc", Variants())
+    worker = measure.Worker("graphc", "mlp", 1, "infer", 1)
+    built = worker.do_build()
+    assert (built["variant"], built["variants"]) == ("fast", 2)
+    assert built["check"] == [[2.0]] * 3 and built["iteration"] < 0.01
+    assert worker.do_build(variant="slow")["variants"] == 1
+    assert worker.do_burst(calls=3)["median"] >= 0.02
+
+
 def test_turns_of_processes():
     """graphc alone: builds cold, then warm, and its rounds make a row."""
     said = []
@@ -195,6 +224,40 @@ def test_a_peer_that_fails_is_a_row_with_the_reason():
     (row,) = rounds.measure(Work("mlp", 4, "infer", 1), [Broken()], SHORT)
     assert "failed: CacheError" in row.note and row.median == 0
     assert "CacheError" in cells(row)[0]
+
+
+def test_a_peer_that_fails_later_does_not_stop_the_others(monkeypatch):
+    class Scripted:
+        """Answers at once; JAX dies in its second burst."""
+
+        def __init__(self, peer, work, folder):
+            self.name, self.bursts = peer.name, 0
+
+        def ask(self, seconds, do, **command):
+            if do == "build":
+                return {
+                    "setup": 1.0,
+                    "variant": "",
+                    "variants": 1,
+                    "check": [[1.0]],
+                    "iteration": 0.1,
+                }
+            if do == "memory":
+                return {"peak": 2, "imported": 1}
+            self.bursts += 1
+            if self.name == "jax" and self.bursts == 2:
+                raise GraphcError("jax's process ended")
+            return {"median": 1.0, "best": 0.5}
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(rounds, "Worker", Scripted)
+    peers = [PEERS["graphc"], PEERS["jax"], PEERS["onnxruntime"]]
+    plan = Plan(rounds=3, burst=0.1, cold=False)
+    ours, jax, ort = rounds.measure(Work("mlp", 4, "infer", 1), peers, plan)
+    assert jax.note == "failed: jax's process ended" and jax.median == 0
+    assert ours.median == ort.median == 1.0 and ort.ratio == 1.0 and ort.peak == 2
 
 
 def test_a_process_that_ended_is_an_error(tmp_path):

@@ -181,3 +181,112 @@ def test_all_operators_in_one_network():
     compile_checks.assert_same(
         graph, feeds, tolerance=1e-4, outputs=list(outputs), loss="loss", gradients=["x", "y"]
     )
+
+
+# ---- graphs that broke something once, and their like
+
+
+def test_products_of_a_batch_with_itself():
+    """Every image reads all images: no thread may run ahead with its own."""
+    g = Graph("gram")
+    h = gc.nn.linear(g.input("x", ("N", 5)), 7, name="fc")
+    outer = gc.matmul(h, gc.transpose(h))
+    g.output(outer=outer, inner=gc.matmul(gc.transpose(h), h), loss=gc.sum(outer))
+    for n, threads in ((3, 2), (8, 3)):
+        compile_checks.assert_same(
+            g,
+            {"x": np.random.default_rng(n).standard_normal((n, 5)).astype(np.float32)},
+            tolerance=1e-4,
+            outputs=["outer", "inner", "loss"],
+            loss="loss",
+            gradients=["x"],
+            dims={"N": n},
+            threads=threads,
+        )
+
+
+def test_neighbouring_images():
+    """A shift by one image crosses the blocks of the batch."""
+    g = Graph("shift")
+    gc.tanh(g.input("x", ("N", 40)))
+    bound = g.bind({"N": 8})
+    h = bound.value("tanh")
+    before = gc.slice(gc.pad(h, [(1, 0), (0, 0)]), [0], [8])
+    bound.output(y=gc.relu(h + before), loss=gc.mean(h * before))
+    x = np.random.default_rng(0).standard_normal((8, 40)).astype(np.float32)
+    compile_checks.assert_same(
+        bound, {"x": x}, outputs=["y", "loss"], loss="loss", gradients=["x"], threads=2
+    )
+
+
+@pytest.mark.parametrize(("layout", "batch"), [("batch", 8), ("channels", 2)])
+def test_shared_weights(layout, batch):
+    """One weight read three times; the last gradient is a choice between two constants."""
+    g = Graph("shared")
+    x = g.input("x", ("N", 8, 6, 6))
+    w = g.parameter("w", (8, 8, 3, 3), np.random.default_rng(0).normal(0, 0.1, (8, 8, 3, 3)))
+    h = x
+    for _ in range(3):
+        h = gc.relu(gc.conv2d(h, w, padding=1) + x)
+    g.output(h=h, loss=gc.mean(h))
+    arrays = np.random.default_rng(1).standard_normal((batch, 8, 6, 6)).astype(np.float32)
+    compile_checks.assert_same(
+        g,
+        {"x": arrays},
+        steps=2,
+        tolerance=1e-4,
+        outputs=["h", "loss"],
+        loss="loss",
+        gradients=["x"],
+        optimizer=gc.optim.Adam(0.01),
+        dims={"N": batch},
+        pipeline=gc.default_pipeline(layout),
+    )
+
+
+def test_updates_read_old_values():
+    g = Graph("updates")
+    x, big = g.input("x", (9,)), g.input("big", (5000,))
+    a, b, c = (g.state(name, (9,), np.arange(9.0) + i) for i, name in enumerate("abc"))
+    g.state("copy", (5000,))
+    g.update("a", b)
+    g.update("b", a)
+    g.update("c", c + a * x)
+    g.update("copy", big)
+    g.output(y=a + x, old=c, twice=c * 2.0)
+    rng = np.random.default_rng(0)
+    feeds = {n: rng.standard_normal(g.value(n).shape).astype(np.float32) for n in ("x", "big")}
+    compile_checks.assert_same(g, feeds, steps=4, outputs=["y", "old", "twice"])
+
+
+def test_integers_and_not_a_number():
+    g = Graph("special")
+    x, i, j = g.input("x", (4, 19)), g.input("i", (4, 19), "int32"), g.input("j", (9,), "int64")
+    outputs = {
+        "max": gc.max(x, 1),
+        "argmax": gc.argmax(x, 1),
+        "argmax0": gc.argmax(x, 0),
+        "min": gc.min(x, 0),
+        "relu": gc.relu(x),
+        "softmax": gc.softmax(x, 1),
+        "clip": gc.clip(x, -1.0, 1.0),
+        "sum": gc.sum(i, 1),
+        "imax": gc.max(i, 0),
+        "prod": gc.prod(i, 1),
+        "half": gc.cast(i, "float32") / 2.0,
+        "where": gc.where(gc.gt(i, 2), i, 0),
+        "total": gc.sum(j),
+        "least": gc.min(j),
+        "most": gc.max(j),
+    }
+    g.output(**outputs)
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((4, 19)).astype(np.float32)
+    values[0, 3] = values[0, 7] = np.nan
+    values[1, 2], values[2] = np.inf, -np.inf
+    feeds = {
+        "x": values,
+        "i": rng.integers(-3, 5, (4, 19)).astype(np.int32),
+        "j": rng.integers(-(2**40), 2**40, 9),
+    }
+    compile_checks.assert_same(g, feeds, outputs=list(outputs))

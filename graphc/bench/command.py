@@ -65,7 +65,7 @@ def run(options: Options, say: Callable[[str], None] = lambda text: None) -> Rep
     machines = {}
     for count in threads:
         say(f"measuring the machine's limits with {count} thread{'s' if count > 1 else ''}")
-        machines[count] = rounds.measure_peak(count)
+        machines[count] = {**rounds.measure_peak(count), "cores": cores}
     rows = []
     for item in work:
         rows += rounds.measure(item, present, plan, machines[item.threads]["gflops"], say)

@@ -3,7 +3,8 @@
 Reads commands, one JSON line each, from its standard input and answers with one line each. Between
 commands it is blocked on the pipe, so that only the process that was asked runs:
 
-    {"do": "build"}              {"setup": s, "variant": ..., "check": [...], "iteration": s}
+    {"do": "build"}              {"setup": s, "variant": ..., "variants": n, "check": [...],
+                                 "iteration": s}
     {"do": "burst", "calls": k}  {"median": s, "best": s}
     {"do": "memory"}             {"peak": bytes, "imported": bytes}
     {"do": "machine"}            the fields of `graphc.bench.machine.Machine`
@@ -22,7 +23,8 @@ import traceback
 from typing import Any
 
 CHECKED = 3  # steps whose results are reported
-VARIANT_SECONDS = 0.3  # for each of several variants, to find the fastest
+VARIANT_SECONDS = 0.3  # for each variant, to find the fastest and how long a call takes
+TURNS = 3
 
 
 def main(arguments: list[str]) -> None:
@@ -61,34 +63,38 @@ class Worker:
         self.peer = PEERS[peer]
         self.imported = 0
 
-    def do_build(self) -> dict[str, Any]:
-        """Import the library, then make the step and run it once: that is `setup`. With several
-        variants the fastest stays, checked and timed afresh."""
+    def do_build(self, variant: str | None = None) -> dict[str, Any]:
+        """Import the library, then make the step and run it once: that is `setup`.
+
+        Of several variants the fastest is chosen, unless one is asked for; `variants` says how many
+        there were to choose from. All of them stay in memory: who measures that starts again."""
         self.peer.load(self.work.threads)
         candidates = self.peer.candidates(self.work)
+        if variant is not None:
+            candidates = [c for c in candidates if c[0] == variant]
         self.imported = peak_memory()
         start = time.perf_counter()
         step = candidates[0][1]()
         first = step()
         setup = time.perf_counter() - start
-        chosen, check = candidates[0][0], [first, *(step() for _ in range(CHECKED - 1))]
-        best = self._iteration(step)
-        for variant, make in candidates[1:]:
-            other = make()
-            results = [other() for _ in range(CHECKED)]
-            seconds = self._iteration(other)
-            if seconds < best:
-                chosen, step, check, best = variant, other, results, seconds
-        self.step = step
-        numbers = [_number(c) for c in check]
-        return {"setup": setup, "variant": chosen, "check": numbers, "iteration": best}
-
-    def _iteration(self, step: Any) -> float:
-        """Seconds of a call, the median over a short while."""
-        taken: list[float] = []
-        while not taken or (sum(taken) < VARIANT_SECONDS and len(taken) < 1000):
-            taken.append(_timed(step))
-        return statistics.median(taken)
+        steps = [step, *(make() for _, make in candidates[1:])]
+        checks = [[first, *(step() for _ in range(CHECKED - 1))]]
+        checks += [[other() for _ in range(CHECKED)] for other in steps[1:]]
+        # In turns and by the first quartile: an interruption shall not decide.
+        taken: list[list[float]] = [[] for _ in steps]
+        for _ in range(TURNS):
+            for times, other in zip(taken, steps):
+                times += _times(other, VARIANT_SECONDS / TURNS)
+        usual = [sorted(times)[len(times) // 4] for times in taken]
+        best = min(range(len(steps)), key=usual.__getitem__)
+        self.step = steps[best]
+        return {
+            "setup": setup,
+            "variant": candidates[best][0],
+            "variants": len(candidates),
+            "check": [_number(c) for c in checks[best]],
+            "iteration": usual[best],
+        }
 
     def do_burst(self, calls: int) -> dict[str, float]:
         """Time `calls` calls, after one or two that wake threads and caches up."""
@@ -106,6 +112,14 @@ class Worker:
         from graphc.bench.machine import measure_machine
 
         return asdict(measure_machine(self.work.threads))
+
+
+def _times(step: Any, seconds: float) -> list[float]:
+    """Seconds of each call made in a while, one at least."""
+    taken: list[float] = []
+    while not taken or (sum(taken) < seconds and len(taken) < 1000):
+        taken.append(_timed(step))
+    return taken
 
 
 def _timed(step: Any) -> float:

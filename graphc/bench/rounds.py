@@ -194,17 +194,30 @@ def measure(
                 seconds = f"{row.cold:.2f} s" + ("" if row.warm is None else f", {row.warm:.2f} s")
                 say(f"{work}: {peer.title} built in {seconds}")
         times: dict[str, list[float]] = {name: [] for name in workers}
+
+        def ask(name: str, **command: Any) -> dict[str, Any] | None:
+            """A peer's answer; one that fails is measured no further, and the others are."""
+            try:
+                return workers[name].ask(BURST_SECONDS, **command)
+            except errors.GraphcError as error:
+                rows[name].note = f"failed: {error}"
+                say(f"{work}: {name} failed: {error}")
+                del workers[name], times[name]
+                return None
+
         for number in range(plan.rounds):
             for name in _order(list(workers), number):
                 time.sleep(SETTLE_SECONDS)
-                answer = workers[name].ask(BURST_SECONDS, do="burst", calls=calls[name])
-                times[name].append(answer["median"])
-                row = rows[name]
-                row.best = min(row.best or answer["best"], answer["best"])
+                answer = ask(name, do="burst", calls=calls[name])
+                if answer is not None:
+                    times[name].append(answer["median"])
+                    row = rows[name]
+                    row.best = min(row.best or answer["best"], answer["best"])
             say(f"{work}: round {number + 1} of {plan.rounds}")
-        for name, worker in workers.items():
-            memory = worker.ask(BURST_SECONDS, do="memory")
-            rows[name].peak, rows[name].imported = memory["peak"], memory["imported"]
+        for name in list(workers):
+            memory = ask(name, do="memory")
+            if memory is not None:
+                rows[name].peak, rows[name].imported = memory["peak"], memory["imported"]
     for name, taken in times.items():
         summarise(rows[name], taken, times.get(OURS), flops, peak_gflops)
     return list(rows.values())
@@ -219,12 +232,13 @@ def _build(
     stack.callback(worker.close)
     built = worker.ask(BUILD_SECONDS, do="build")
     row.cold = built["setup"]
-    if peer.keeps and plan.cold:
+    warm = peer.keeps and plan.cold
+    if warm or built["variants"] > 1:
         worker.close()
         worker = Worker(peer, work, folder)
         stack.callback(worker.close)
-        built = worker.ask(BUILD_SECONDS, do="build")
-        row.warm = built["setup"]
+        built = worker.ask(BUILD_SECONDS, do="build", variant=built["variant"])
+        row.warm = built["setup"] if warm else None
     return worker, built
 
 

@@ -424,4 +424,7 @@ class Emitter:
         axes = self.axes(expr)
         select = self.factory("select", "v.select")
         a, b = self.spread(inside, axes, scope), self.spread(outside, axes, scope)
+        if expr.dtype != "bool" and all(e.op == "constant" for e in expr.args):
+            cast = self.factory(f"to_{expr.dtype}", f'v.cast("{expr.dtype}")')
+            a, b = f"{cast}({a})", f"{cast}({b})"
         return self._assign(scope, "within", f"{select}({ok}, {a}, {b})", axes)
