@@ -27,6 +27,7 @@ from passes.pipeline import BACKWARD, FORWARD
 from passes.plan_memory import PlanMemory
 from passes.schedule import Schedule
 from passes.set_mode import SetMode
+from passes.share_scratch import ShareScratch
 
 TARGETS = ("cpu", "interpret")
 PRECISIONS = ("float32", "strict")
@@ -159,6 +160,7 @@ def memory_pipeline(threads: int, check: bool = False) -> Pipeline:
             HoistParameters(),
             Schedule(updates_in_place=True),
             Parallelize(cpu_target.blocks, threads),
+            *(() if check else (ShareScratch(threads),)),
             PlanMemory(updates_in_place=not check, reuse=not check),
         )
     )

@@ -92,12 +92,19 @@ class Layout:
     `lane_axis=None`: row-major. Otherwise that logical axis is cut in blocks of `lanes` elements and the
     position within a block becomes the innermost physical axis: with lane_axis 0, [N,C,H,W] is stored as
     [N/lanes, C, H, W, lanes]; the last block is padded with elements of no meaning.
+
+    `copies=n`: only one block of axis 0 is kept at a time, in a memory of its own for each of n threads
+    (scratch inside a group of kernels that run block by block).
     """
 
     lane_axis: int | None = None
     lanes: int = 1
+    copies: int = 0
 
     def physical_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape in memory; of one thread's copy, where there are several."""
+        if self.copies:
+            return (1, *Layout(self.lane_axis, self.lanes).physical_shape(shape)[1:])
         if self.lane_axis is None:
             return shape
         blocks = -(-shape[self.lane_axis] // self.lanes)
@@ -107,10 +114,13 @@ class Layout:
         """Strides in elements of the logical axes (of the blocks, for the lane axis)."""
         physical = self.physical_shape(shape)
         steps = [math.prod(physical[i + 1 :]) for i in range(len(physical))]
+        if self.copies:
+            steps[0] = 0
         return tuple(steps[: len(shape)])
 
     def __str__(self) -> str:
-        return "rows" if self.lane_axis is None else f"lanes({self.lane_axis})x{self.lanes}"
+        text = "rows" if self.lane_axis is None else f"lanes({self.lane_axis})x{self.lanes}"
+        return f"{text} a thread" if self.copies else text
 
 
 ROWS = Layout()
@@ -209,6 +219,18 @@ class Value:
         )
 
     # Operators are methods of the op library, bound by graphc.ops when it is imported.
+
+
+ALIGNMENT = 64
+
+
+def block_bytes(value: Value) -> int:
+    """Bytes of a value in its layout, padded lanes included, rounded up to the alignment; of one
+    thread's copy, where threads have memory of their own."""
+    size = value.type.itemsize
+    for d in value.layout.physical_shape(value.shape):  # type: ignore[arg-type]
+        size *= d
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 class Graph:

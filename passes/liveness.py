@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from graphc.ir import SOURCES, Graph, Node, Value
+from graphc.ir import ALIGNMENT, SOURCES, Graph, Node, Value, block_bytes
 
-ALIGNMENT = 64
 # Operators that only rename the axes of data: their result is their operand's memory.
 VIEWS = ("reshape",)
 
@@ -19,11 +18,8 @@ SizeOf = Callable[[Value], int]
 
 
 def storage_bytes(value: Value) -> int:
-    """Bytes a value occupies in its layout, padded lanes included, rounded up to the alignment."""
-    size = value.type.itemsize
-    for d in value.layout.physical_shape(value.shape):  # type: ignore[arg-type]
-        size *= d
-    return aligned(size)
+    """Bytes a value occupies in its layout, for all threads, rounded up to the alignment."""
+    return block_bytes(value) * max(1, value.layout.copies)
 
 
 def aligned(size: int) -> int:

@@ -131,7 +131,7 @@ def randomise(module: ResNet, clear: bool) -> None:
             torch.nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
         if isinstance(part, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(part.weight, 0.5, 1 if clear else 1.5)
-            torch.nn.init.normal_(part.bias, 2 if clear else 0, 0.2)
+            torch.nn.init.normal_(part.bias, 1 if clear else 0, 0.2)
             torch.nn.init.normal_(part.running_mean, 0, 0.2)
             torch.nn.init.uniform_(part.running_var, 0.5, 2)
     if clear:

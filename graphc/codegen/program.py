@@ -160,6 +160,8 @@ def plan_launches(
     for node in graph:
         if node.op == "fused":
             kernel, count = kernels[node.name], grouped.get(node.name, 0)
+            if any(v.layout.copies for v in (*node.inputs, *node.outputs)):
+                kernel = lower_node(node)
             block = kernel.outer[0] if count else None
             together = kernel.loops[block].extent // count if block else 1
             schedule = choose_schedule(kernel, lanes, threads, block, together)

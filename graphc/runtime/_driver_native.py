@@ -42,6 +42,7 @@ from graphc.runtime.control import (
     ROW_BYTES,
     ROW_FLAGS,
     ROW_FUNCTION,
+    ROW_STEP,
     SLEEPERS,
     STOP,
     THREADS,
@@ -142,16 +143,15 @@ def ticks(typing_context):
 
 
 @intrinsic
-def call_kernel(typing_context, row, thread, threads):
+def call_kernel(typing_context, row, arguments, thread, threads):
     """Calls the kernel of a row of the launch table; returns its status, 0 for success.
 
     Numba's native convention: int32 f(result**, exception**, arguments...).
     """
 
     def emit(context, builder, signature, args):
-        row, thread, threads = args
+        row, arguments, thread, threads = args
         function = builder.load(_word(builder, row, _I64(ROW_FUNCTION)))
-        arguments = builder.load(_word(builder, row, _I64(ROW_ARGUMENTS)))
         kind = ir.FunctionType(_I32, [_I8P.as_pointer(), _I8P.as_pointer(), _I64, _I64, _I64])
         result = cgutils.alloca_once(builder, _I8P)
         exception = cgutils.alloca_once(builder, _I8P)
@@ -161,7 +161,7 @@ def call_kernel(typing_context, row, thread, threads):
         )
         return builder.sext(status, _I64)
 
-    return types.int64(types.int64, types.int64, types.int64), emit
+    return types.int64(types.int64, types.int64, types.int64, types.int64), emit
 
 
 @intrinsic
@@ -251,7 +251,9 @@ def drive_group(row, rows, thread, threads, stamp):
     for block in range(blocks * thread // threads, blocks * (thread + 1) // threads):
         for index in range(rows):
             begin = ticks() if stamp != 0 else 0
-            status = call_kernel(row + index * ROW_BYTES, block, blocks)
+            this = row + index * ROW_BYTES
+            arguments = load(this, ROW_ARGUMENTS) + thread * load(this, ROW_STEP)
+            status = call_kernel(this, arguments, block, blocks)
             if stamp != 0:
                 end = stamp + index * 16
                 store(end, 8, load(end, 8) + ticks() - begin)
@@ -286,9 +288,9 @@ def drive(control, program, thread, threads):
             if timing != 0:
                 store(stamp, 0, ticks())
             if flags & ALONE == 0:
-                status = call_kernel(row, thread, threads)
+                status = call_kernel(row, load(row, ROW_ARGUMENTS), thread, threads)
             elif thread == 0:
-                status = call_kernel(row, 0, 1)
+                status = call_kernel(row, load(row, ROW_ARGUMENTS), 0, 1)
             if timing != 0:
                 store(stamp, 8, ticks())
                 stamp += 16

@@ -7,12 +7,14 @@ barrier would take the line away from the threads that poll its neighbour.
 
 from typing import Final
 
-# A row of the launch table: [function address, arguments address, flags, blocks], int64 each.
+# A row of the launch table: [function address, arguments address, flags, blocks, step], int64 each.
+# The arguments of thread t lie t * step bytes further.
 ROW_FUNCTION: Final = 0
 ROW_ARGUMENTS: Final = 8
 ROW_FLAGS: Final = 16
 ROW_BLOCKS: Final = 24
-ROW_BYTES: Final = 32
+ROW_STEP: Final = 32
+ROW_BYTES: Final = 40
 
 BARRIER: Final = 1  # all threads finish this row before any of them starts the next
 ALONE: Final = 2  # thread 0 runs the row by itself, as kernel(arguments, 0, 1)

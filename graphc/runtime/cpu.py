@@ -10,7 +10,7 @@ import numpy as np
 from graphc import errors
 from graphc.codegen.program import Launch
 from graphc.interpreter import interpret
-from graphc.ir import SOURCES, Graph, Node, Value
+from graphc.ir import ALIGNMENT, SOURCES, Graph, Node, Value, block_bytes
 from graphc.runtime.arena import Arena
 from graphc.runtime.executable import Executable
 from graphc.runtime.inputs import checked_array, missing_input
@@ -19,7 +19,6 @@ from graphc.runtime.linker import KernelSource, load_kernels
 from graphc.runtime.table import LaunchTable, root
 from graphc.runtime.team import get_team
 
-_ALIGN = 64
 _COPY_BYTES = 16384
 Progress = Callable[[int, int, float, str], None]
 
@@ -44,7 +43,7 @@ class CpuExecutable(Executable):
         self.launches = launches
         self.plan = graph.annotations["memory"]
         self._place_sources()
-        self._arena = Arena(max(_ALIGN, self.plan.arena_bytes))
+        self._arena = Arena(max(ALIGNMENT, self.plan.arena_bytes))
         self._build_tables(progress)
         self._prepare_inputs()
         self._initialise()
@@ -58,10 +57,8 @@ class CpuExecutable(Executable):
             if node.op in SOURCES or "prepared" in node.attrs:
                 for value in node.outputs:
                     self._source_offset[value] = offset
-                    shape = value.layout.physical_shape(value.shape)
-                    size = int(np.prod(shape, dtype=np.int64)) * value.type.itemsize
-                    offset += -(-size // _ALIGN) * _ALIGN
-        self._sources = Arena(max(_ALIGN, offset))
+                    offset += block_bytes(value)
+        self._sources = Arena(max(ALIGNMENT, offset))
         self._in_place = set(self.plan.in_place_updates)
         # Where an update is computed straight into the parameter it updates.
         self._owner = {self.graph.updates[n]: self.graph.node(n)[0] for n in self._in_place}
@@ -76,18 +73,19 @@ class CpuExecutable(Executable):
             return self._sources, self._source_offset[value]
         return self._arena, self.plan.offset(value)
 
-    def _address(self, value: Value) -> int:
+    def _address(self, value: Value, thread: int = 0) -> int:
+        """Address of a value; of one thread's copy, where threads have memory of their own."""
         arena, offset = self._locate(value)
-        return arena.address(offset)
+        each = block_bytes(root(value)) if root(value).layout.copies else 0
+        return arena.address(offset + thread * each)
 
     def _memory_range(self, value: Value) -> tuple[int, int]:
         """First and last byte of a value's memory; inputs are memory that no kernel writes."""
         owner = root(value)
         if owner.node.op == "input":
             return (0, 0)
-        shape = owner.layout.physical_shape(owner.shape)
         first = self._address(owner)
-        return first, first + int(np.prod(shape, dtype=np.int64)) * owner.type.itemsize
+        return first, first + block_bytes(owner) * max(1, owner.layout.copies)
 
     def _view(self, value: Value) -> np.ndarray:
         arena, offset = self._locate(value)

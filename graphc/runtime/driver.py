@@ -41,9 +41,9 @@ def driver_sources() -> tuple[KernelSource, ...]:
 
 
 def launch_table(rows: Iterable[tuple[int, ...]]) -> np.ndarray:
-    """int64[rows, 4], 64-byte aligned, from rows (function, arguments, flags[, blocks])."""
+    """int64[rows, 5], 64-byte aligned, from rows (function, arguments, flags[, blocks[, step]])."""
     rows = list(rows)
-    table = aligned_zeros(max(1, len(rows)) * c.ROW_BYTES).view(np.int64).reshape(-1, 4)
+    table = aligned_zeros(max(1, len(rows)) * c.ROW_BYTES).view(np.int64).reshape(-1, c.ROW_BYTES // 8)
     table = table[: len(rows)]
     for index, row in enumerate(rows):
         table[index, : len(row)] = row

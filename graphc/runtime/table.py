@@ -23,27 +23,31 @@ class LaunchTable:
     def __init__(
         self,
         rows: Sequence[tuple[Launch, int]],
-        address: Callable[[Value], int],
+        address: Callable[[Value, int], int],
         memory: Callable[[Value], Range],
         team: Team,
     ):
         self.launches = [launch for launch, _ in rows]
-        total = sum(launch.call.buffers + len(launch.call.numbers) for launch in self.launches)
+        copies = [_copies(launch) for launch in self.launches]
+        sizes = [launch.call.buffers + len(launch.call.numbers) for launch in self.launches]
+        total = sum(c * s for c, s in zip(copies, sizes, strict=True))
         self.arguments = aligned_zeros(8 * max(1, total)).view(np.int64)
         base, position, table = self.arguments.ctypes.data, 0, []
         patches: dict[str, list[int]] = {}
         flags = row_flags(self.launches, memory)
-        for (launch, function), flag in zip(rows, flags, strict=True):
-            table.append((function, base + 8 * position, flag, launch.blocks))
-            for value in (*launch.node.inputs, *launch.node.outputs):
-                self.arguments[position] = address(value)
-                source = root(value)
-                if source.node.op == "input":
-                    patches.setdefault(source.node.name, []).append(position)
-                position += 1
-            end = position + len(launch.call.numbers)
-            self.arguments[position:end] = launch.call.numbers
-            position = end
+        for number, (launch, function) in enumerate(rows):
+            step = 8 * sizes[number] if copies[number] > 1 else 0
+            table.append((function, base + 8 * position, flags[number], launch.blocks, step))
+            for thread in range(copies[number]):
+                for value in (*launch.node.inputs, *launch.node.outputs):
+                    self.arguments[position] = address(value, thread)
+                    source = root(value)
+                    if source.node.op == "input":
+                        patches.setdefault(source.node.name, []).append(position)
+                    position += 1
+                end = position + len(launch.call.numbers)
+                self.arguments[position:end] = launch.call.numbers
+                position = end
         self.patches = {name: np.array(slots) for name, slots in patches.items()}
         self.rows = launch_table(table)
         self.team = team
@@ -59,6 +63,12 @@ class LaunchTable:
         if len(self.rows):
             self.team.program(self.rows.ctypes.data, len(self.rows), stamps.ctypes.data).run()
         return stamps
+
+
+def _copies(launch: Launch) -> int:
+    """How many threads have arguments of their own: those with scratch memory of their own."""
+    values = (*launch.node.inputs, *launch.node.outputs)
+    return max(1, *(v.layout.copies for v in values))
 
 
 def root(value: Value) -> Value:
