@@ -167,7 +167,7 @@ def test_many_random_networks(recipe, shape, threads, seed):
 
 
 def test_all_operators_in_one_network():
-    """Every operator of the recipes once, each from its own pair of operands, in one compile call."""
+    """Every operator of the recipes once, of the same two operands, in one compile call."""
     graph = Graph("all")
     x, y = graph.input("x", (2, 3, 7, 17)), graph.input("y", (17,))
     results = {name: function(*(x, y)[:arity]) for name, (arity, function) in OPERATORS.items()}

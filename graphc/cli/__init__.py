@@ -40,7 +40,7 @@ def options(
 
 @app.command()
 def train(
-    model: Annotated[str, typer.Argument(help="lenet or mlp.", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help="lenet, mlp or resnet20.", metavar="MODEL")],
     data: Annotated[
         Path | None,
         typer.Option(
@@ -120,7 +120,7 @@ def predict(
 
 @app.command()
 def draw(
-    model: Annotated[str, typer.Argument(help="lenet or mlp.", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help="lenet, mlp or resnet20.", metavar="MODEL")],
     out: Annotated[Path, typer.Option(help="File: .svg, .png, .dot or .graphml.")],
     stage: Annotated[
         str, typer.Option(help="declared, or as compiled for inference or training.")

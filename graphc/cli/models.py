@@ -26,8 +26,21 @@ def _mlp(shape: Shape, classes: int) -> Graph:
     return zoo.mlp(input_shape=shape, classes=classes)
 
 
+def _resnet20(shape: Shape, classes: int) -> Graph:
+    if shape != (3, 32, 32):
+        raise GraphcError(
+            f"resnet20 takes colour images of 32x32 [3, 32, 32], these are {list(shape)}; "
+            "--data takes a folder with CIFAR-10's binary files"
+        )
+    return zoo.resnet20(classes=classes)
+
+
 # (shape of an image, number of classes) -> graph with inputs image, label; outputs logits, loss.
-MODELS: dict[str, Callable[[Shape, int], Graph]] = {"lenet": _lenet, "mlp": _mlp}
+MODELS: dict[str, Callable[[Shape, int], Graph]] = {
+    "lenet": _lenet,
+    "mlp": _mlp,
+    "resnet20": _resnet20,
+}
 
 
 def build(model: str, shape: Shape, classes: int) -> Graph:
@@ -43,9 +56,10 @@ def choose(what: str, name: str, known) -> str:
 
 
 def draw_model(model: str, stage: str, batch: int, path: Path) -> Path:
-    """Write a picture of the network for 28x28 images in ten classes; returns its path."""
+    """Write a picture of the network for digits (resnet20: CIFAR-10) in ten classes; returns its
+    path."""
     choose("stage", stage, ("declared", "inference", "training"))
-    graph = build(model, (1, 28, 28), 10)
+    graph = build(model, (3, 32, 32) if model == "resnet20" else (1, 28, 28), 10)
     path.parent.mkdir(parents=True, exist_ok=True)
     if stage == "declared":
         return gc.viz.draw(graph).save(path)

@@ -178,7 +178,8 @@ class _Pull:
             if node.op == "input":
                 access = self.address(self.operands[node.name], value, index)
                 attributes = {"access": access}
-                if "known" in node.attrs:
+                # Its elements are looked up by row-major address.
+                if "known" in node.attrs and value.layout.lane_axis is None:
                     attributes["known"] = node.attrs["known"]
                 self.memo[key] = Expr("load", (), value.dtype, attributes)
             elif node.op == "constant":

@@ -194,7 +194,7 @@ class ReductionEmitter(Emitter):
         body, combine = expr.args[0], expr.attributes["combine"]
         axes = self.axes(expr)
         factors = known_factor(body) if combine == "sum" else None
-        if factors and axes and all(n in self.tile for n in self.kernel.free(factors[0])):
+        if factors and axes and all(self._whole(n) for n in self.kernel.free(factors[0])):
             return self._linear(expr, *factors, scope)
         value = self.emit(body, scope)
         all_axes = tuple(n for n in self.tile if n in axes or n in expr.attributes["loops"])
@@ -214,6 +214,10 @@ class ReductionEmitter(Emitter):
         if not axes:
             result = self._assign(scope, combine, f"{result.name}[0]", ())
         return result
+
+    def _whole(self, loop: str) -> bool:
+        """Whether one tile covers a loop, so that positions in the tile are positions of the loop."""
+        return self.tile.get(loop) == self.kernel.loops[loop].extent
 
     def _linear(self, expr: Expr, matrix: Expr, other: Expr, scope: Scope) -> Var:
         """A sum over tile axes of products with a constant matrix: its entries are written into the code."""
