@@ -139,7 +139,9 @@ def _bytes(limit: int | str | None) -> int | None:
 
 
 def default_pipeline(layout: str | None = None) -> Pipeline:
-    """Shape the work for the CPU: padding, fusion, layouts. Edit it as data and pass `pipeline=`."""
+    """Shape the work for the CPU: padding, fusion, layouts.
+
+    Edit it as data and pass `pipeline=`."""
     from graphc.codegen import target as cpu_target
 
     return Pipeline(

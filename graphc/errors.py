@@ -1,4 +1,7 @@
-"""Every error a user can meet. Each message names the node, the operands with their shapes, and the fix."""
+"""Every error a user can meet.
+
+Each message names the node, the operands with their shapes, and the fix.
+"""
 
 
 class GraphcError(Exception):

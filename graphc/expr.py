@@ -1,8 +1,8 @@
 """Scalar expressions: what one element of a value is, as a function of its index.
 
-An operator's lowering is written in this language (`OpDef.lower`), so that one definition serves every
-target: `graphc.codegen` renders the same tree as SIMD statements for a CPU and as scalar code for a GPU
-thread. Nothing here knows about memory: `Read` stands for "that operand's element at this index".
+An operator's lowering is written in this language (`OpDef.lower`), so that one definition serves
+every target: `graphc.codegen` renders the same tree as SIMD statements for a CPU and as scalar code
+for a GPU thread. Nothing here knows about memory: `read` is "that operand's element at this index".
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ Number = int | float | bool
 # name -> result dtype rule: "same" as the operands, or a fixed one.
 FUNCTIONS: dict[str, str] = {
     **dict.fromkeys(
-        "add sub mul div fma maximum minimum neg relu abs sqrt reciprocal rsqrt floor ceil rint sign pow "
-        "exp log log1p expm1 tanh erf sigmoid sin cos select "
+        "add sub mul div fma maximum minimum neg relu abs sqrt reciprocal rsqrt floor ceil rint "
+        "sign pow exp log log1p expm1 tanh erf sigmoid sin cos select "
         "bit_xor shift_left shift_right rotate_left and_ or_ not_ xor_".split(),
         "same",
     ),
@@ -64,14 +64,17 @@ class Index:
 
 @dataclass(frozen=True, eq=False)
 class Expr:
-    """One scalar value. `op` is a name of FUNCTIONS or one of: constant, position, read, reduce, within.
+    """One scalar value.
+
+    `op` is a name of FUNCTIONS or one of: constant, position, read, reduce, within.
 
     - constant: attribute `value`
     - position: attribute `index`, the numeric value of an affine index (int32)
     - read: attributes `value` (an ir.Value) and `index` (tuple of Index): an element in memory
-    - reduce: one argument; attributes `combine` (sum prod max min argmax), `loops` ((name, extent), ...)
-    - within: `args[0]` where every (Index, extent) of attribute `bounds` lies in [0, extent), else `args[1]`;
-      `args[0]` is not evaluated (memory is not touched) elsewhere
+    - reduce: one argument; attributes `combine` (sum prod max min argmax) and `loops`
+      ((name, extent), ...)
+    - within: `args[0]` where every (Index, extent) of attribute `bounds` lies in [0, extent), else
+      `args[1]`; `args[0]` is not evaluated (memory is not touched) elsewhere
     """
 
     op: str

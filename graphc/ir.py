@@ -1,8 +1,9 @@
 """The graph: typed values flowing between operator nodes, held in a `networkx.MultiDiGraph`.
 
-A `Graph` is an ordered list of `Node`s in static single assignment form: iteration order is insertion
-order and every operand is defined before its use. Edges of `Graph.nx` carry the operand slot and the
-producer's output index, so that `x * x` and operand order survive any networkx algorithm.
+A `Graph` is an ordered list of `Node`s in static single assignment form: iteration order is
+insertion order and every operand is defined before its use. Edges of `Graph.nx` carry the operand
+slot and the producer's output index, so that `x * x` and operand order survive any networkx
+algorithm.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import networkx
 import numpy as np
@@ -23,6 +25,7 @@ import numpy as np
 from graphc import errors
 
 Dimension = int | str
+Axis = int | Iterable[int] | None
 DTYPES = ("float32", "float64", "int32", "int64", "bool")
 _SHORT = {"float32": "f32", "float64": "f64", "int32": "i32", "int64": "i64", "bool": "bool"}
 # Nodes that hold data rather than compute it.
@@ -52,14 +55,19 @@ class TensorType:
         return np.dtype(self.dtype).itemsize
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """`shape` where every dimension is bound. Raises UnboundDimensionError."""
+        for d in self.shape:
+            if isinstance(d, str):
+                raise errors.UnboundDimensionError(
+                    f"{self} has the unbound dimension {d!r}: pass dims={{{d!r}: ...}}"
+                )
+        return tuple(d for d in self.shape if not isinstance(d, str))
+
+    @property
     def size(self) -> int:
         """Number of elements; every dimension must be bound."""
-        unbound = [d for d in self.shape if isinstance(d, str)]
-        if unbound:
-            raise errors.UnboundDimensionError(
-                f"{self} has the unbound dimension {unbound[0]!r}: pass dims={{{unbound[0]!r}: ...}}"
-            )
-        return math.prod(self.shape)  # type: ignore[arg-type]
+        return math.prod(self.sizes)
 
     @property
     def nbytes(self) -> int:
@@ -73,8 +81,8 @@ class TensorType:
 class Origin:
     """Where a node comes from: the user's layer name and source line. Passes hand it on unchanged.
 
-    `phase` tells the user's forward nodes ("") from those made by the chain rule ("backward") and the
-    optimizer ("update")."""
+    `phase` tells the user's forward nodes ("") from those made by the chain rule ("backward") and
+    the optimizer ("update")."""
 
     layer: str = ""
     file: str = ""
@@ -89,12 +97,12 @@ class Origin:
 class Layout:
     """How a value lies in memory.
 
-    `lane_axis=None`: row-major. Otherwise that logical axis is cut in blocks of `lanes` elements and the
-    position within a block becomes the innermost physical axis: with lane_axis 0, [N,C,H,W] is stored as
-    [N/lanes, C, H, W, lanes]; the last block is padded with elements of no meaning.
+    `lane_axis=None`: row-major. Otherwise that logical axis is cut in blocks of `lanes` elements
+    and the position within a block becomes the innermost physical axis: with lane_axis 0, [N,C,H,W]
+    is stored as [N/lanes, C, H, W, lanes]; the last block is padded with elements of no meaning.
 
-    `copies=n`: only one block of axis 0 is kept at a time, in a memory of its own for each of n threads
-    (scratch inside a group of kernels that run block by block).
+    `copies=n`: only one block of axis 0 is kept at a time, in a memory of its own for each of n
+    threads (scratch inside a group of kernels that run block by block).
     """
 
     lane_axis: int | None = None
@@ -131,14 +139,23 @@ class Node:
 
     __slots__ = ("graph", "name", "op", "inputs", "attrs", "types", "origin", "layouts")
 
-    def __init__(self, graph, name, op, inputs, attrs, types, origin):
-        self.graph: Graph = graph
-        self.name: str = name
-        self.op: str = op
-        self.inputs: tuple[Value, ...] = inputs
-        self.attrs: dict[str, Any] = attrs
-        self.types: tuple[TensorType, ...] = types
-        self.origin: Origin = origin
+    def __init__(
+        self,
+        graph: Graph,
+        name: str,
+        op: str,
+        inputs: tuple[Value, ...],
+        attrs: dict[str, Any],
+        types: tuple[TensorType, ...],
+        origin: Origin,
+    ):
+        self.graph = graph
+        self.name = name
+        self.op = op
+        self.inputs = inputs
+        self.attrs = attrs
+        self.types = types
+        self.origin = origin
         self.layouts: tuple[Layout, ...] = (ROWS,) * len(types)
 
     @property
@@ -175,6 +192,11 @@ class Value:
         return self.type.shape
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """`shape` where every dimension is bound. Raises UnboundDimensionError."""
+        return self.type.sizes
+
+    @property
     def dtype(self) -> str:
         return self.type.dtype
 
@@ -204,21 +226,50 @@ class Value:
         return f"%{self.name}: {self.type}"
 
     def __bool__(self) -> bool:
-        raise errors.DeclarationError(
-            f"{self.node.describe()}: a value of a static graph has no truth value while the graph is declared; use gc.where"
+        raise self._refused("has no truth value while the graph is declared; use gc.where")
+
+    def __iter__(self) -> NoReturn:
+        raise self._refused("cannot be iterated; use slices or gc.split")
+
+    def __array__(self, *_: Any, **__: Any) -> NoReturn:
+        raise self._refused("holds no data; compile and run the graph")
+
+    def _refused(self, reason: str) -> errors.DeclarationError:
+        return errors.DeclarationError(
+            f"{self.node.describe()}: a value of a static graph {reason}"
         )
 
-    def __iter__(self):
-        raise errors.DeclarationError(
-            f"{self.node.describe()}: a value of a static graph cannot be iterated; use slices or gc.split"
-        )
+    # Operators are methods of the op library: graphc.ops.operators binds them when it is imported.
+    # `==` and `!=` stay identity.
+    if TYPE_CHECKING:
+        __array_ufunc__: ClassVar[None]
 
-    def __array__(self, *_, **__):
-        raise errors.DeclarationError(
-            f"{self.node.describe()}: a value of a static graph holds no data; compile and run the graph"
-        )
-
-    # Operators are methods of the op library, bound by graphc.ops when it is imported.
+        def __add__(self, other: Any) -> Value: ...
+        def __radd__(self, other: Any) -> Value: ...
+        def __sub__(self, other: Any) -> Value: ...
+        def __rsub__(self, other: Any) -> Value: ...
+        def __mul__(self, other: Any) -> Value: ...
+        def __rmul__(self, other: Any) -> Value: ...
+        def __truediv__(self, other: Any) -> Value: ...
+        def __rtruediv__(self, other: Any) -> Value: ...
+        def __pow__(self, other: Any) -> Value: ...
+        def __rpow__(self, other: Any) -> Value: ...
+        def __matmul__(self, other: Any) -> Value: ...
+        def __rmatmul__(self, other: Any) -> Value: ...
+        def __lt__(self, other: Any) -> Value: ...
+        def __le__(self, other: Any) -> Value: ...
+        def __gt__(self, other: Any) -> Value: ...
+        def __ge__(self, other: Any) -> Value: ...
+        def __neg__(self) -> Value: ...
+        def __abs__(self) -> Value: ...
+        def __getitem__(self, key: Any) -> Value: ...
+        def sum(self, axis: Axis = None, keepdims: bool = False) -> Value: ...
+        def mean(self, axis: Axis = None, keepdims: bool = False) -> Value: ...
+        def max(self, axis: Axis = None, keepdims: bool = False) -> Value: ...
+        def min(self, axis: Axis = None, keepdims: bool = False) -> Value: ...
+        def reshape(self, *sizes: Dimension | Iterable[Dimension]) -> Value: ...
+        def transpose(self, *axes: int | Iterable[int]) -> Value: ...
+        def astype(self, dtype: str) -> Value: ...
 
 
 ALIGNMENT = 64
@@ -227,17 +278,15 @@ ALIGNMENT = 64
 def block_bytes(value: Value) -> int:
     """Bytes of a value in its layout, padded lanes included, rounded up to the alignment; of one
     thread's copy, where threads have memory of their own."""
-    size = value.type.itemsize
-    for d in value.layout.physical_shape(value.shape):  # type: ignore[arg-type]
-        size *= d
+    size = value.type.itemsize * math.prod(value.layout.physical_shape(value.sizes))
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 class Graph:
     """A static dataflow graph under construction or transformation.
 
-    `outputs` maps output names to values; `updates` maps the name of a parameter or state to the value
-    it takes at the end of a step.
+    `outputs` maps output names to values; `updates` maps the name of a parameter or state to the
+    value it takes at the end of a step.
     """
 
     def __init__(self, name: str = "graph"):
@@ -330,7 +379,9 @@ class Graph:
         dtype: str = "float32",
         trainable: bool = True,
     ) -> Value:
-        """Declare a learned array. `init` is an initialiser of `graphc.nn.init`, an array, or None (zeros)."""
+        """Declare a learned array.
+
+        `init` is an initialiser of `graphc.nn.init`, an array, or None (zeros)."""
         attrs = {"type": _checked_type(name, shape, dtype), "init": init, "trainable": trainable}
         return self.add("parameter", (), attrs, name=name)[0]
 
@@ -342,9 +393,10 @@ class Graph:
         dtype: str = "float32",
         persistent: bool = True,
     ) -> Value:
-        """Declare an array that a step reads and updates and no gradient flows to (running statistics).
+        """Declare an array that a step reads and updates and no gradient flows to.
 
-        `persistent=False` keeps it out of `Executable.state()`'s network weights (optimizer state)."""
+        Such are running statistics. `persistent=False` keeps it out of `Executable.state()`'s
+        network weights (optimizer state)."""
         attrs = {"type": _checked_type(name, shape, dtype), "init": init, "persistent": persistent}
         return self.add("state", (), attrs, name=name)[0]
 
@@ -376,7 +428,8 @@ class Graph:
             )
         if value.type != target.types[0]:
             raise errors.ShapeError(
-                f"{target.describe()}: {target.types[0]} cannot be updated with {value.name!r} {value.type}"
+                f"{target.describe()}: {target.types[0]} cannot be updated with "
+                f"{value.name!r} {value.type}"
             )
         self.updates[name] = value
 
@@ -404,7 +457,8 @@ class Graph:
         for slot, value in enumerate(inputs):
             if not isinstance(value, Value):
                 raise errors.DeclarationError(
-                    f"{node.describe()}: operand {slot} is {type(value).__name__}, not a value of the graph"
+                    f"{node.describe()}: operand {slot} is {type(value).__name__}, "
+                    f"not a value of the graph"
                 )
             self._own(value, f"operand {slot} of {node.describe()}")
         node.types = self._infer(node)
@@ -431,7 +485,8 @@ class Graph:
     def _own(self, value: Value, what: str) -> None:
         if value.graph is not self:
             raise errors.DeclarationError(
-                f"{what}: {value.name!r} belongs to graph {value.graph.name!r}, not to {self.name!r}"
+                f"{what}: {value.name!r} belongs to graph {value.graph.name!r}, "
+                f"not to {self.name!r}"
             )
 
     def _unique(self, base: str, exact: bool = False) -> str:
@@ -448,7 +503,7 @@ class Graph:
                 return candidate
 
     @contextlib.contextmanager
-    def origin(self, origin: Origin | None):
+    def origin(self, origin: Origin | None) -> Iterator[None]:
         """Nodes added inside take this origin (passes: the node they replace or differentiate)."""
         before, self._origin = self._origin, origin
         try:
@@ -457,7 +512,7 @@ class Graph:
             self._origin = before
 
     @contextlib.contextmanager
-    def layer(self, name: str):
+    def layer(self, name: str) -> Iterator[None]:
         """Nodes added inside belong to the user's layer `name`."""
         with self.origin(replace(self._origin or _caller(), layer=name)):
             yield
@@ -472,8 +527,9 @@ class Graph:
     ) -> Graph:
         """A new graph made by visiting every node in order.
 
-        `visit(new_graph, node, new_inputs)` returns the values that stand for the node's outputs, or None
-        to copy the node as it is. Origins and layouts are kept; outputs and updates are carried over.
+        `visit(new_graph, node, new_inputs)` returns the values that stand for the node's outputs,
+        or None to copy the node as it is. Origins and layouts are kept; outputs and updates are
+        carried over.
         """
         new = Graph(name or self.name)
         new.annotations = dict(self.annotations)
@@ -523,15 +579,19 @@ class Graph:
         return new
 
     def bind(self, dims: Mapping[str, int]) -> Graph:
-        """A new graph with every symbolic dimension replaced; type rules run again on the bound shapes."""
+        """A new graph with every symbolic dimension replaced.
+
+        Type rules run again on the bound shapes. Raises UnboundDimensionError."""
         names = {
             d for node in self.nodes for t in node.types for d in t.shape if isinstance(d, str)
         }
         missing = sorted(names - set(dims))
         if missing:
-            which = next(n for n in self.nodes if any(missing[0] in t.shape for t in n.types))
+            name = missing[0]
+            which = next(n for n in self.nodes if any(name in t.shape for t in n.types))
             raise errors.UnboundDimensionError(
-                f"{which.describe()}: dimension {missing[0]!r} of {which.types[0]} is unbound; pass dims={{{missing[0]!r}: size}}"
+                f"{which.describe()}: dimension {name!r} of {which.types[0]} is unbound; "
+                f"pass dims={{{name!r}: size}}"
             )
         for key, size in dims.items():
             if not isinstance(size, (int, np.integer)) or size < 0:
@@ -567,7 +627,7 @@ class Graph:
         return "\n".join([*lines, "}"])
 
     def structure(self) -> tuple:
-        """A name-free description: equal for graphs that compute the same thing in the same order."""
+        """A name-free description, equal for graphs that compute the same in the same order."""
         number: dict[Value, int] = {}
         rows = []
         for node in self.nodes:
@@ -604,7 +664,9 @@ class Graph:
 
 
 def format_node(node: Node) -> str:
-    """One line of static single assignment form: `%y: f32[N,6] = relu(%x) {attrs}  # conv1, lenet.py:12`."""
+    """One line of static single assignment form.
+
+    `%y: f32[N,6] = relu(%x) {attrs}  # conv1, lenet.py:12`"""
     left = ", ".join(
         f"%{v.name}: {v.type}" + ("" if v.layout == ROWS else f" @{v.layout}") for v in node.outputs
     )
@@ -667,7 +729,7 @@ def _checked_type(name: str, shape: Iterable[Dimension], dtype: str) -> TensorTy
 
 
 @contextlib.contextmanager
-def called_from(origin: Origin):
+def called_from(origin: Origin) -> Iterator[None]:
     """Nodes that have no other origin take this one, wherever the code inside is called from."""
     token = _PINNED.set(origin)
     try:
@@ -681,7 +743,7 @@ def _caller() -> Origin:
     pinned = _PINNED.get()
     if pinned is not None:
         return pinned
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
         if not file.startswith((_PACKAGE, _PASSES)) and "contextlib" not in file:

@@ -28,7 +28,8 @@ STEP = "optimizer.step"
 class Optimizer(Protocol):
     """What `gc.compile(optimizer=...)` needs."""
 
-    lr: float
+    @property
+    def lr(self) -> float: ...
 
     def apply(self, graph: Graph, grads: Mapping[str, Value]) -> None: ...
 
@@ -190,7 +191,7 @@ def _parameters(graph: Graph, grads: Mapping[str, Value]) -> list[tuple[Node, Va
 def _moment(graph: Graph, node: Node, name: str) -> Value:
     kind = node.types[0]
     state = f"optimizer.{node.name}.{name}"
-    return graph.state(state, kind.shape, dtype=kind.dtype, persistent=False)  # type: ignore[arg-type]
+    return graph.state(state, kind.sizes, dtype=kind.dtype, persistent=False)
 
 
 def _decayed(g: Value, p: Value, weight_decay: float) -> Value:

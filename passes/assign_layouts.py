@@ -15,12 +15,12 @@ BATCH, CHANNELS, PLAIN = "batch", "channels", "rows"
 
 @dataclass(frozen=True)
 class AssignLayouts(Pass):
-    """Choose row-major, batch-in-lanes or channels-in-lanes layouts for the values of a fused graph.
+    """Choose row-major, batch-in-lanes or channels-in-lanes layouts for values of a fused graph.
 
-    Requires: fused regions, int dimensions; `graph.annotations["batch"]` is the batch size. Ensures:
-    every value has a layout in which its kernel can be lowered; inputs and outputs are row-major;
-    conversions are regions of kind `convert_layout`. Parameters and states keep their layout from step
-    to step: only reading and loading them converts.
+    Requires: fused regions, int dimensions; `graph.annotations["batch"]` is the batch size.
+    Ensures: every value has a layout in which its kernel can be lowered; inputs and outputs are
+    row-major; conversions are regions of kind `convert_layout`. Parameters and states keep their
+    layout from step to step: only reading and loading them converts.
 
     The modes (`mode=None` takes the cheapest by `_cost`):
     - batch: images of a batch side by side in the lanes. Every channel count fills the vectors and
@@ -54,7 +54,9 @@ def contraction(node: Node) -> Node | None:
 
 
 def _cost(graph: Graph, mode: str, lanes: int, batch: int | None) -> float:
-    """Multiply-adds, weighted by how badly a layout fills the lanes. Infinite where it cannot be used."""
+    """Multiply-adds, weighted by how badly a layout fills the lanes.
+
+    Infinite where it cannot be used."""
     if mode == BATCH and (not batch or batch % lanes):
         return math.inf
     total = 0.0
@@ -183,7 +185,9 @@ class _Assign:
         return self.weights.get(node.name, ROWS)
 
     def _weight_layouts(self) -> dict[str, Layout]:
-        """Parameters that contractions read with output channels in lanes, and what is updated with them."""
+        """Parameters that contractions read with output channels in lanes.
+
+        With them, the optimizer states that are updated with them."""
         if self.mode != CHANNELS:
             return {}
         found: dict[str, Layout] = {}
@@ -280,7 +284,7 @@ class _Assign:
         converted = []
         for name, value in zip(names, inputs, strict=True):
             if inner.op == "matmul" and self.mode == BATCH and value in self.batched:
-                # A weight gradient sums over the batch: its lanes run along rows of the right operand.
+                # A weight gradient sums over the batch: its lanes run along rows of the right one.
                 left, right = inner.inputs
                 if (
                     left.node.op == "transpose"

@@ -239,7 +239,9 @@ def transpose_of_transpose(m: Match) -> Value | None:
 
 
 def transpose_of_product(m: Match) -> Value | None:
-    """(a @ b).T is b.T @ a.T: the gradient of a transposed weight comes out in the weight's own axes."""
+    """(a @ b).T is b.T @ a.T.
+
+    The gradient of a transposed weight comes out in the weight's own axes."""
     (x,) = m.inputs
     if x.node.op != "matmul" or x.rank != 2 or m.attrs["axes"] != (1, 0):
         return None

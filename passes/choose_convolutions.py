@@ -23,14 +23,14 @@ _WEIGHT = 10.0
 class ChooseConvolutions(Pass):
     """Rewrite convolutions by predicted cost, and choose which axis lies in the lanes.
 
-    Requires: int dimensions; runs before autodiff, so that the chain rule differentiates the products
-    and the backward pass saves as much. Ensures: results equal up to rounding (a few 1e-6 of the
-    largest). Convolutions of stride 1 with 3 taps or more may become
+    Requires: int dimensions; runs before autodiff, so that the chain rule differentiates the
+    products and the backward pass saves as much. Ensures: results equal up to rounding (a few 1e-6
+    of the largest). Convolutions of stride 1 with 3 taps or more may become
     - with the batch in the lanes: `F(m,r) rows`, Toom-Cook along rows, whose transforms are then a
       handful of vector operations without shuffles;
     - with channels in the lanes, where nothing is differentiated: `F(m,r) patches`, Winograd.
-    `annotations["layout_mode"]` is the cheaper of both as a whole; `annotations["convolutions"]` has
-    the predicted costs by layer.
+    `annotations["layout_mode"]` is the cheaper of both as a whole; `annotations["convolutions"]`
+    has the predicted costs by layer.
     """
 
     lanes: int
@@ -75,24 +75,23 @@ class ChooseConvolutions(Pass):
             costs = {"direct": _direct(node, mode, self.lanes)}
             if _eligible(node) and mode == BATCH:
                 costs |= _by_rows(node)
-            elif _eligible(node) and not self.training and node.types[0].shape[1] >= self.lanes:
+            elif _eligible(node) and not self.training and node.types[0].sizes[1] >= self.lanes:
                 costs |= _by_patches(node)
-            images = float(node.types[0].shape[0])
+            images = float(node.types[0].sizes[0])
             result[node.name] = {k: images * c for k, c in costs.items()}
         return result
 
 
 def _eligible(node: Node) -> bool:
-    a, taps = node.attrs, node.inputs[1].shape[2:]
+    a, taps = node.attrs, node.inputs[1].sizes[2:]
     plain = a["stride"] == (1, 1) and a["dilation"] == (1, 1) and a["groups"] == 1
     return plain and taps[0] == taps[1] and taps[0] >= 3
 
 
 def _sizes(node: Node) -> tuple[int, ...]:
     """(output channels, input channels, taps high, taps wide, output height, output width)."""
-    _, _, oh, ow = (int(d) for d in node.types[0].shape)
-    oc, ic, kh, kw = (int(d) for d in node.inputs[1].shape)
-    return oc, ic, kh, kw, oh, ow
+    _, _, oh, ow = node.types[0].sizes
+    return (*node.inputs[1].sizes, oh, ow)
 
 
 def _direct(node: Node, mode: str, lanes: int) -> float:
@@ -100,14 +99,16 @@ def _direct(node: Node, mode: str, lanes: int) -> float:
     work = float(oc * ic * kh * kw * oh * ow)
     if mode == BATCH:
         return work
-    # Below the lanes' width channels waste lanes; for wide layers a block of the batch is too large for
-    # the caches.
+    # Below the lanes' width channels waste lanes; for wide layers a block of the batch is too large
+    # for the caches.
     grouped = 4.0 if node.attrs["groups"] > 1 else 1.0
     return work * grouped * (-(-oc // lanes) * lanes / oc) * 0.95
 
 
 def _by_rows(node: Node) -> dict[str, float]:
-    """F(m, taps) for each m; moving a transformed value through memory counts as a few operations."""
+    """F(m, taps) for each m.
+
+    Moving a transformed value through memory counts as a few operations."""
     oc, ic, kh, kw, oh, ow = _sizes(node)
     costs = {}
     for m in range(2, ow + 1):
@@ -127,7 +128,7 @@ def _by_patches(node: Node) -> dict[str, float]:
 
     Transformed weights are read once a call: where there are few tiles they are what counts."""
     oc, ic, kh, _, oh, ow = _sizes(node)
-    images = float(node.types[0].shape[0])
+    images = float(node.types[0].sizes[0])
     costs = {}
     for m in (2, 4):
         points = (m + kh - 1) ** 2
@@ -152,8 +153,8 @@ def _rewritten(node: Node, inputs: tuple[Value, ...], m: int, mode: str) -> Valu
     padding = (
         (0, 0),
         (0, 0),
-        (top, max(high - int(x.shape[2]) - top, 0)),
-        (left, max(wide - int(x.shape[3]) - left, 0)),
+        (top, max(high - x.sizes[2] - top, 0)),
+        (left, max(wide - x.sizes[3] - left, 0)),
     )
     if any(any(p) for p in padding):
         x = apply("pad", x, padding=padding, value=0.0)[0]

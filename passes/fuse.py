@@ -7,15 +7,17 @@ follows them. Each region becomes one node `fused` whose attribute `body` is the
 
 from __future__ import annotations
 
+import heapq
 from collections import defaultdict
 from dataclasses import dataclass
 
 from graphc.ir import SOURCES, Graph, Node, Value
 from graphc.ops.registry import get
+from passes.base import Pass
 
 CONTRACTIONS = frozenset(
-    "matmul conv2d conv2d_input_grad conv2d_weight_grad tile_transform tile_transform_grad "
-    "toom_conv toom_conv_input_grad toom_conv_weight_grad patch_transform patch_transform_grad".split()
+    "matmul conv2d conv2d_input_grad conv2d_weight_grad tile_transform tile_transform_grad toom_conv "
+    "toom_conv_input_grad toom_conv_weight_grad patch_transform patch_transform_grad".split()
 )
 WINDOWS = frozenset({"max_pool2d", "max_pool2d_argmax", "avg_pool2d"})
 REDUCTIONS = frozenset({"sum", "max", "min", "prod", "argmax"})
@@ -29,7 +31,7 @@ KNOWN = 256
 
 
 @dataclass(frozen=True)
-class Fuse:
+class Fuse(Pass):
     """Group the nodes of a decomposed graph into `fused` nodes.
 
     Precondition: shapes are bound and composite operators are decomposed. Postcondition: every node
@@ -38,14 +40,13 @@ class Fuse:
     """
 
     enabled: bool = True
-    name = "fuse"
 
     def run(self, graph: Graph) -> Graph:
         return _Fuser(_keep_axes(graph), self.enabled).run()
 
 
 def _keep_axes(graph: Graph) -> Graph:
-    """Reductions keep their axes as 1 and a view drops them, so that all values of a region align."""
+    """Reductions keep their axes as 1 and a view drops them: all values of a region align."""
 
     def visit(new: Graph, node: Node, inputs: tuple[Value, ...]):
         if node.op not in REDUCTIONS or node.attrs["keepdims"] or not node.inputs[0].rank:
@@ -59,7 +60,9 @@ def _keep_axes(graph: Graph) -> Graph:
 
 
 def is_view(node: Node) -> bool:
-    """Whether a node's readers can as well read its operand: it renames indices, or compares or casts."""
+    """Whether a node's readers can as well read its operand.
+
+    It renames indices, or compares or casts."""
     if node.op in CHEAP:
         return sum(not _is_scalar_constant(v) for v in node.inputs) == 1
     return node.op in VIEWS or (node.op == "reshape" and _only_ones_differ(node))
@@ -237,10 +240,12 @@ class _Fuser:
         return False
 
     def path_outside(self, a: str, b: str) -> bool:
-        """Whether a path leaves the union of two groups and comes back: fusing would make a cycle."""
+        """Whether a path leaves the union of two groups and comes back.
+
+        Fusing would make a cycle."""
         inside = {n.name for g in (a, b) for n in self.members[g]}
         last = max(self.position[n] for n in inside)
-        group_last = {}
+        group_last: dict[str, int] = {}
         stack = [
             u
             for n in inside
@@ -327,7 +332,9 @@ class _Fuser:
             mapping[value] = result
 
     def group_order(self) -> list[Node | list[Node]]:
-        """Sources, aliases and regions in an executable order (stable with respect to the original)."""
+        """Sources, aliases and regions in an executable order.
+
+        The order is stable with respect to the original."""
         needed_views = {
             n.name
             for n in self.nodes
@@ -362,9 +369,9 @@ class _Fuser:
     def read_as_memory(self, value: Value) -> bool:
         return any(is_alias(u) for u in self.users[value])
 
-    def sorted_units(self, units, unit_of) -> list:
-        import heapq
-
+    def sorted_units(
+        self, units: list[Node | list[Node]], unit_of: dict[str, int]
+    ) -> list[Node | list[Node]]:
         def producers(node: Node) -> list[Node]:
             found = []
             for v in node.inputs:
@@ -402,7 +409,7 @@ class _Fuser:
 
 def _outer(nodes: list[Node], results: list[Value]) -> tuple[tuple[int, ...], set[int]]:
     """The loops that all results of a region share (1: no loop), and the axes that it reduces."""
-    shapes = [v.shape for v in results]
+    shapes = [v.sizes for v in results]
     outer = [min(s[axis] for s in shapes) for axis in range(len(shapes[0]))]
     reduced: set[int] = set()
     for node in nodes:

@@ -12,9 +12,10 @@ from passes.base import Pass, note
 class HoistParameters(Pass):
     """Mark the regions of a program without updates that no input reaches.
 
-    Requires: fused regions, layouts assigned. Ensures: the same graph; marked nodes have the attribute
-    `prepared`. The executable runs them when parameters are loaded, not at every call, and their values
-    stay in memory of their own (weights transformed for a convolution algorithm, folded batch norms).
+    Requires: fused regions, layouts assigned. Ensures: the same graph; marked nodes have the
+    attribute `prepared`. The executable runs them when parameters are loaded, not at every call,
+    and their values stay in memory of their own (weights transformed for a convolution algorithm,
+    folded batch norms).
     """
 
     def run(self, graph: Graph) -> Graph:

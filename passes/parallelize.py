@@ -19,10 +19,11 @@ SHORTEST = 2
 class Parallelize(Pass):
     """Put kernels that work on separate blocks of the batch next to each other, and group them.
 
-    Requires: layouts assigned. `blocks(node)` says into how many blocks of the batch a region falls apart,
-    or None. Ensures: the same nodes in an order that respects operands; `graph.annotations["groups"]` is a
-    tuple of (number of blocks, node names): the nodes of a group follow each other, and thread t may run
-    all of them on its first block, then on its second, while the block is still in its cache.
+    Requires: layouts assigned. `blocks(node)` says into how many blocks of the batch a region falls
+    apart, or None. Ensures: the same nodes in an order that respects operands;
+    `graph.annotations["groups"]` is a tuple of (number of blocks, node names): the nodes of a group
+    follow each other, and thread t may run all of them on its first block, then on its second,
+    while the block is still in its cache.
     """
 
     blocks: Callable[[Node], int | None]
@@ -39,13 +40,15 @@ class Parallelize(Pass):
         )
         note(
             new,
-            f"{sum(len(names) for _, names in new.annotations['groups'])} kernels run block by block",
+            f"{sum(len(names) for _, names in groups)} kernels run block by block",
         )
         return new
 
     def _shares(self, graph: Graph, blocks: int, names: tuple[str, ...]) -> int:
-        """Into how many shares a group is cut. Two blocks a share let a register tile read each weight once
-        for both; they pay where their values stay in the cache and every thread still gets as many."""
+        """Into how many shares a group is cut.
+
+        Two blocks a share let a register tile read each weight once for both; they pay where their
+        values stay in the cache and every thread still gets as many."""
         total = sum(storage_bytes(v) for name in names for v in graph.node(name).outputs)
         fits = 2 * total // blocks <= self.cache_bytes
         return blocks // 2 if fits and blocks % (2 * self.threads) == 0 else blocks
@@ -73,7 +76,7 @@ def _order(graph: Graph, counts: dict[str, int | None]) -> list[Node]:
         if free:
             i = heapq.heappop(free)
         else:
-            # What has no blocks first when a new group would start: it may be what the group waits for.
+            # What has no blocks first when a new group would start: the group may wait for it.
             if not ready.get(current):
                 current = None if ready.get(None) and not _blocked(ready) else _blocked(ready)
             i = heapq.heappop(ready[current])

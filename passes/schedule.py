@@ -47,7 +47,6 @@ class Schedule(Pass):
 
     def _order(self, graph: Graph) -> list[Node]:
         nodes = graph.nodes
-        position = {node.name: i for i, node in enumerate(nodes)}
         operands = [
             () if is_view(node) else tuple(dict.fromkeys(root(v) for v in node.inputs))
             for node in nodes

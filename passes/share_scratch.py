@@ -13,9 +13,9 @@ from passes.liveness import is_view, storage_bytes
 class ShareScratch(Pass):
     """Values that only their own group reads are kept for the block at hand alone.
 
-    Requires: groups (`Parallelize`), memory not planned yet. Ensures: the same graph; such values have a
-    layout with `copies=threads`: one block for each thread, overwritten by the next block. They never
-    leave the cache, and the arena holds a few blocks instead of the whole batch.
+    Requires: groups (`Parallelize`), memory not planned yet. Ensures: the same graph; such values
+    have a layout with `copies=threads`: one block for each thread, overwritten by the next block.
+    They never leave the cache, and the arena holds a few blocks instead of the whole batch.
     """
 
     threads: int
@@ -33,7 +33,7 @@ class ShareScratch(Pass):
             for name in names:
                 node = new.node(name)
                 for value in node.outputs:
-                    blocks = value.layout.physical_shape(value.shape)[0]
+                    blocks = value.layout.physical_shape(value.sizes)[0]
                     family = _views(new, value)
                     users = [user for v in family for user, _ in new.users(v) if not is_view(user)]
                     inside = all(group_of.get(user.name) == number for user in users)

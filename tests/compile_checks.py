@@ -82,8 +82,8 @@ def assert_same(
 class Samples:
     """Many samples of operators in one graph: independent inputs, outputs and gradients.
 
-    Outputs `<case>/<number>`; the scalar `loss` is the sum of all differentiable outputs weighted by
-    fixed random inputs, so that one compile call gives every gradient.
+    Outputs `<case>/<number>`; the scalar `loss` is the sum of all differentiable outputs, weighted
+    by fixed random inputs, so that one compile call gives every gradient.
     """
 
     def __init__(self, cases: Iterable[Case], dtype: str, gradients: bool):

@@ -14,7 +14,7 @@ def _classified(g: Graph, logits: Value, label: Value) -> Graph:
 
 
 def small_resnet(channels: int = 8, size: int = 16, in_channels: int = 3) -> Graph:
-    """Batch norm, a strided block with a projection, residual adds, padded 3x3 pooling, a global mean."""
+    """Batch norm, strided block with a projection, residual adds, padded pooling, global mean."""
     g = Graph("small_resnet")
     image = g.input("image", ("N", in_channels, size, size))
     label = g.input("label", ("N",), dtype="int32")
@@ -40,7 +40,9 @@ def small_resnet(channels: int = 8, size: int = 16, in_channels: int = 3) -> Gra
 
 
 def transformer_block(tokens: int = 7, width: int = 24, heads: int = 3) -> Graph:
-    """Attention with batched products, layer norm by hand and a GELU network, with a residual around both."""
+    """Attention with batched products, layer norm by hand, a GELU network, residuals around both.
+
+    The keys have no bias: softmax does not see it, and its gradient would be rounding error."""
     g = Graph("transformer_block")
     x = g.input("x", ("N", tokens, width))
     target = g.input("target", ("N", tokens, width))
@@ -60,7 +62,8 @@ def transformer_block(tokens: int = 7, width: int = 24, heads: int = 3) -> Graph
         weight = g.parameter(
             f"{name}.weight", (v.shape[-1], out), rng.normal(0, 0.2, (v.shape[-1], out))
         )
-        return gc.matmul(v, weight) + g.parameter(f"{name}.bias", (out,))
+        product = gc.matmul(v, weight)
+        return product if name == "key" else product + g.parameter(f"{name}.bias", (out,))
 
     def split(v: Value) -> Value:
         return gc.transpose(gc.reshape(v, ("N", tokens, heads, size)), (0, 2, 1, 3))

@@ -153,7 +153,7 @@ def check(recipe: Recipe, shape: tuple[int, ...], threads: int, seed: int) -> No
     )
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(recipe=RECIPES, shape=SHAPES, threads=st.integers(1, 3), seed=st.integers(0, 99))
 def test_random_networks(recipe, shape, threads, seed):
     check(recipe, shape, threads, seed)

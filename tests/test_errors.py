@@ -61,8 +61,8 @@ SHAPES = {
     ),
     "product": (
         lambda g, x: gc.matmul(gc.flatten(x), g.parameter("m", (7, 2)), name="product"),
-        "product (matmul, *): left f32[N,192] has 192 columns, right f32[7,2] has 7 rows: they must "
-        "agree; transpose or reshape one (operands: 'flatten_1' f32[N,192], 'm' f32[7,2])",
+        "product (matmul, *): left f32[N,192] has 192 columns, right f32[7,2] has 7 rows: they "
+        "must agree; transpose or reshape one (operands: 'flatten_1' f32[N,192], 'm' f32[7,2])",
     ),
     "pool": (
         lambda g, x: gc.max_pool2d(x, 9, name="pool"),
@@ -143,7 +143,8 @@ def test_unknown_names(g):
 
 def test_dimensions(g):
     assert message(errors.UnboundDimensionError, compile_(g, dims={})) == (
-        f"image (input, {HERE}:*): dimension 'N' of f32[N,3,8,8] is unbound; pass dims={{'N': size}}"
+        f"image (input, {HERE}:*): dimension 'N' of f32[N,3,8,8] is unbound; "
+        "pass dims={'N': size}"
     )
     for size in (-1, 2.0, "2"):
         assert message(errors.UnboundDimensionError, compile_(g, dims={"N": size})) == (
@@ -186,8 +187,8 @@ def test_options(g):
 def test_operators_without_a_lowering(g, monkeypatch):
     monkeypatch.setitem(registry._REGISTRY, "relu", replace(registry.get("relu"), lower=None))
     assert message(errors.CompileError, compile_(g)) == (
-        f"cannot be compiled: conv1 (fused, {HERE}:*): relu (relu, {HERE}:*): operator 'relu' has no "
-        "lowering for the CPU; give its OpDef a lower or a decompose rule, or use "
+        f"cannot be compiled: conv1 (fused, {HERE}:*): relu (relu, {HERE}:*): operator 'relu' has "
+        "no lowering for the CPU; give its OpDef a lower or a decompose rule, or use "
         "target='interpret' (operands: 'conv1.add' f32[2,4,6,6])"
     )
 

@@ -137,7 +137,8 @@ def test_inputs_that_do_not_fit():
         ),
         (
             {"x": x[:2]},
-            "input 'x' expects f32[3,7], got shape [2, 7]: pass that shape, or compile with other dims",
+            "input 'x' expects f32[3,7], got shape [2, 7]: "
+            "pass that shape, or compile with other dims",
         ),
         (
             {"x": x + 0j},
@@ -241,12 +242,16 @@ def test_state_round_trip():
 
 
 def test_state_in_blocked_layouts_has_torchs_layout():
-    g = networks.convolutions()
+    g = gc.Graph("blocked")
+    x = gc.nn.conv2d(g.input("x", ("N", 3, 4, 4)), 17, 3, name="conv")
+    y = gc.nn.linear(gc.flatten(gc.nn.batch_norm2d(x, name="norm")), 5, name="fc")
+    g.output(loss=gc.mean(gc.square(y)))
     options = {"outputs": ["loss"], "loss": "loss", "optimizer": gc.optim.SGD(0.1, momentum=0.9)}
     blocked = gc.compile(g, dims={"N": 2}, pipeline=gc.default_pipeline("channels"), **options)
     plain = gc.compile(g, dims={"N": 2}, target="interpret", **options)
     rng = np.random.default_rng(0)
     fresh = {n: rng.standard_normal(a.shape).astype(a.dtype) for n, a in plain.state(True).items()}
+    assert any(n.layouts[0].lane_axis == 0 for n in blocked.state_nodes.values())
     blocked.load_state(fresh)
     assert {n: a.shape for n, a in blocked.state(True).items()} == {
         n: a.shape for n, a in fresh.items()
@@ -378,7 +383,7 @@ def test_check_names_the_wrong_kernel(monkeypatch):
 
 
 def test_check_passes_on_a_training_step():
-    g = networks.small_resnet(4, 8)
+    g = gc.zoo.mlp((17,), (1, 3, 5))
     exe = gc.compile(
         g,
         outputs=["loss"],

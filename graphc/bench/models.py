@@ -92,11 +92,11 @@ class Work:
         for name, node in declared.inputs.items():
             if self.mode == INFER and name == "label":
                 continue
-            shape, dtype = node.types[0].shape, node.types[0].dtype
+            shape, dtype = node.types[0].sizes, node.types[0].dtype
             if dtype.startswith("int"):
-                arrays[name] = rng.integers(0, classes, shape).astype(dtype)  # type: ignore[arg-type]
+                arrays[name] = rng.integers(0, classes, shape).astype(dtype)
             else:
-                arrays[name] = rng.standard_normal(shape).astype(dtype)  # type: ignore[arg-type]
+                arrays[name] = rng.standard_normal(shape).astype(dtype)
         return arrays
 
     def weights(self) -> dict[str, np.ndarray]:

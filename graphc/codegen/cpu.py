@@ -1,8 +1,8 @@
 """Render a scheduled kernel as Python source in the SIMD vocabulary of `graphc.codegen.simd`.
 
 One statement computes one node of an expression for a whole register tile. Sizes and strides are
-arguments; only what the register tile needs is written into the code, so that one kernel serves layers and
-networks of every size.
+arguments; only what the register tile needs is written into the code, so that one kernel serves
+layers and networks of every size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from graphc.codegen.reductions import ReductionEmitter
 
 @dataclass(frozen=True)
 class CompiledCall:
-    """Source of a kernel and the arguments of one launch: `buffers` addresses first, then `numbers`."""
+    """Source of a kernel and arguments of one launch: `buffers` addresses first, then `numbers`."""
 
     source: str
     buffers: int
@@ -82,7 +82,9 @@ class _KernelEmitter(ReductionEmitter):
         return self.number(("trips", loop), f"t_{loop}_", -(-extent // count))
 
     def start_loop(self, scope: Scope, loop: str, source: str) -> None:
-        """Bind a loop variable to trip number `source`; the last tile is moved back to end with the loop."""
+        """Bind a loop variable to trip number `source`.
+
+        The last tile is moved back to end with the loop."""
         count = self.tile.get(loop, 1)
         if count == 1:
             if source != loop:

@@ -1,7 +1,8 @@
 """Emit expressions as statements: names, register tiles, memory accesses, positions and bounds.
 
-A value is computed in the outermost loop in which all loops it depends on are known, so invariants leave
-the inner loops by construction. Offsets of memory accesses are built up loop by loop in the same way.
+A value is computed in the outermost loop in which all loops it depends on are known, so invariants
+leave the inner loops by construction. Offsets of memory accesses are built up loop by loop in the
+same way.
 """
 
 from __future__ import annotations
@@ -192,7 +193,9 @@ class Emitter:
         return self._assign(scope, "cast", f"{name}({operand.name})", operand.axes)
 
     def spread(self, value: Var, axes: tuple[str, ...], scope: Scope) -> str:
-        """A value over fewer tile axes, repeated over `axes`. Values without axes broadcast by themselves."""
+        """A value over fewer tile axes, repeated over `axes`.
+
+        Values without axes broadcast by themselves."""
         if not value.axes or value.axes == axes:
             return value.name
         indices = self._positions(axes, value.axes)
@@ -227,7 +230,7 @@ class Emitter:
         return self.pointers[access.buffer]
 
     def address(self, access: Access, scope: Scope) -> str:
-        """The element offset of an access without its lane and unrolled parts, built up loop by loop."""
+        """Element offset of an access without its lane and unrolled parts, built up loop by loop."""
         terms = {n: s for n, s in access.strides if n != self.lane and not self._unrolled(n)}
         home = self.home(frozenset(terms), scope)
         inherited = home.parent.bound if home.parent else frozenset()

@@ -1,9 +1,9 @@
 """The loop-level IR that every target renders: loops, memory accesses and scalar expressions.
 
-A `Kernel` computes `stores` for every point of its `outer` loops. Expressions are those of `graphc.expr`,
-in which each `read` has become a `load` of an affine address. Nothing says yet how it runs: which loop
-lies in SIMD lanes, which are unrolled into registers and which are shared between threads is the
-`Schedule`, chosen afterwards from the same loops.
+A `Kernel` computes `stores` for every point of its `outer` loops. Expressions are those of
+`graphc.expr`, in which each `read` has become a `load` of an affine address. Nothing says yet how
+it runs: which loop lies in SIMD lanes, which are unrolled into registers and which are shared
+between threads is the `Schedule`, chosen afterwards from the same loops.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from graphc.expr import Expr, Index
 
 @dataclass(frozen=True)
 class Loop:
-    """A counted loop. The inner part of a split whose last block is short has `total` set: at block b it
-    runs `min(extent, total - b * extent)` times."""
+    """A counted loop. The inner part of a split whose last block is short has `total` set: at block
+    b it runs `min(extent, total - b * extent)` times."""
 
     name: str
     extent: int
@@ -31,8 +31,8 @@ class Loop:
 
 @dataclass(frozen=True)
 class Access:
-    """Element `offset + sum(stride * loop)` of a buffer. `padded` names the loop whose unused positions in
-    the last block exist in memory (a blocked layout), so that they may be touched."""
+    """Element `offset + sum(stride * loop)` of a buffer. `padded` names the loop whose unused
+    positions in the last block exist in memory (a blocked layout), so that they may be touched."""
 
     buffer: int
     offset: int
@@ -150,8 +150,8 @@ class Schedule:
     """How a kernel runs on a CPU.
 
     lane      the loop whose positions are SIMD lanes (None: scalar code)
-    tile      (loop, count): outer loops unrolled `count` times into registers; reduction loops listed here
-              (pooling windows) are unrolled whole
+    tile      (loop, count): outer loops unrolled `count` times into registers; reduction loops
+              listed here (pooling windows) are unrolled whole
     order     outer loops as nested, outermost first, without the lane loop
     parallel  how many leading loops of `order` are shared between threads
     """

@@ -1,4 +1,7 @@
-"""From a fused graph to kernels: lower every region, choose schedules, render source, collect launches."""
+"""From a fused graph to kernels.
+
+Lower every region, choose schedules, render source, collect launches.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,9 @@ class Launch:
 
 
 def lower_node(node: Node) -> Kernel:
-    """The kernel of one fused region, for the layouts its operands and results have. Raises CannotLower."""
+    """The kernel of one fused region, for the layouts its operands and results have.
+
+    Raises CannotLower."""
     body: Graph = node.attrs["body"]
     for value, operand in zip(body.inputs.values(), node.inputs, strict=True):
         value.layouts = (operand.layout,)
@@ -96,11 +101,11 @@ def overwritable(kernel: Kernel, node: Node) -> tuple[tuple[int, int], ...]:
 
 
 def blocks(node: Node) -> int | None:
-    """Into how many blocks of the batch a region falls apart, if no block reads what another one writes.
+    """Into how many blocks of the batch a region falls apart, if no block reads what others write.
 
     A block is a vector of images where the batch lies in the lanes, else one image. Regions whose
-    weights neither stay in the cache nor are small beside a block's own values are better off with the
-    whole batch at once."""
+    weights neither stay in the cache nor are small beside a block's own values are better off with
+    the whole batch at once."""
     batch_lanes = {v.layout.lane_axis == 0 for v in node.outputs}
     if len(batch_lanes) != 1 or not node.attrs.get("batched"):
         return None
@@ -138,8 +143,8 @@ def blocks(node: Node) -> int | None:
         stride = value.layout.strides(value.shape)[0]
         if access.stride(loop) != stride:
             return None
-        # Behind a bounds check an access may start in another block, which padding makes it do, but an
-        # offset of whole blocks belongs to another image.
+        # Behind a bounds check an access may start in another block, which padding makes it do, but
+        # an offset of whole blocks belongs to another image.
         if not (-stride < access.offset < stride if guarded else 0 <= low <= high < stride):
             return None
     return None if weights > max(own, _CACHE_BYTES) else count

@@ -1,8 +1,8 @@
 """Choose how a kernel runs on a CPU: its SIMD lane, register tile, loop order and shared loops.
 
-The choice is a small cost model of one core: fused multiply-adds and loads each issue two a cycle, a
-chain of multiply-adds has a latency of four, and values that do not fit the registers are spilled. The
-candidates are enumerated; the cheapest wins. Everything is deterministic.
+The choice is a small cost model of one core: fused multiply-adds and loads each issue two a cycle,
+a chain of multiply-adds has a latency of four, and values that do not fit the registers are
+spilled. The candidates are enumerated; the cheapest wins. Everything is deterministic.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ _COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14)
 def choose_schedule(
     kernel: Kernel, lanes: int, threads: int, blocks: str | None = None, together: int = 1
 ) -> Schedule:
-    """The schedule of a kernel whose results already have their layouts. May split loops of the kernel.
+    """The schedule of a kernel whose results already have their layouts.
 
-    `blocks` names an outermost loop that is shared between threads by itself: the kernel runs within a
-    group, `together` blocks at a time."""
+    May split loops of the kernel.
+    `blocks` names an outermost loop that is shared between threads by itself: the kernel runs
+    within a group, `together` blocks at a time."""
     keep = {blocks} if blocks else set()
     _collapse(kernel, _bounded(kernel) | keep)
     fixed = _bounded(kernel)
@@ -42,7 +43,9 @@ def choose_schedule(
 
 
 def _shared(trips: list[int], threads: int) -> int:
-    """How many leading loops to share: the fewest that give every thread an equal or nearly equal part."""
+    """How many leading loops to share between threads.
+
+    The fewest that give every thread an equal or nearly equal part."""
     units = 1
     for number, count in enumerate(trips):
         units *= count
@@ -56,7 +59,9 @@ def loads(kernel: Kernel) -> list[Expr]:
 
 
 def _bounded(kernel: Kernel) -> set[str]:
-    """Loops that bounds checks look at: neither lanes nor tiles, whose elements would need checks each."""
+    """Loops that bounds checks look at.
+
+    They are neither lanes nor tiles, whose elements would need checks each."""
     return {
         n
         for e in kernel.expressions()
@@ -146,7 +151,9 @@ def _lane_cost(kernel: Kernel, loop: Loop, accesses: list[Access], lanes: int) -
 
 
 def split_lane(kernel: Kernel, name: str, lanes: int) -> str:
-    """Cut a loop into blocks of one vector; the inner part is the lane. The last vector may be ragged."""
+    """Cut a loop into blocks of one vector; the inner part is the lane.
+
+    The last vector may be ragged."""
     loop = kernel.loops.pop(name)
     block, lane = f"{name}b", f"{name}l"
     kernel.loops[block] = Loop(block, -(-loop.extent // lanes))
@@ -193,8 +200,9 @@ def _windows(kernel: Kernel, main: Expr) -> tuple[str, ...]:
 def _choose_tile(
     kernel: Kernel, lane: str | None, lanes: int, fixed: set[str], limits: dict[str | None, int]
 ) -> tuple[tuple[str, int], ...]:
-    """Register tile of the main reduction: at most two outer loops, besides pooling windows. `limits` caps
-    the count of a loop."""
+    """Register tile of the main reduction: at most two outer loops, besides pooling windows.
+
+    `limits` caps the count of a loop."""
     main = _main_reduction(kernel)
     if not kernel.trips(kernel.loops):
         return ()
@@ -217,7 +225,8 @@ def _choose_tile(
         and kernel.loops[n].extent > 1
         and n in used
     ]
-    # Blocks of ragged lanes may be unrolled where the inner loop reads a padded layout and needs no tails.
+    # Blocks of ragged lanes may be unrolled where the inner loop reads a padded layout and so
+    # needs no tails.
     if lane and kernel.loops[lane].ragged and kernel.loops[lane].block in kernel.outer:
         block = kernel.loops[lane].block
         accesses = [a for f in _factors(main) for a in _operand(kernel, f)]
@@ -249,8 +258,10 @@ def _lane_accesses(kernel: Kernel, lane: str) -> list[Access]:
 def _unrolled(
     kernel: Kernel, lane: str | None, fixed: set[str], limits: dict[str | None, int]
 ) -> tuple[tuple[str, int], ...]:
-    """A few iterations of the innermost outer loop at once: independent chains hide latencies and share
-    the work of addresses. Only counts that divide the loop, so that nothing is computed twice."""
+    """A few iterations of the innermost outer loop at once.
+
+    Independent chains hide latencies and share the work of addresses. Only counts that divide the
+    loop, so that nothing is computed twice."""
     inner = next((n for n in reversed(kernel.outer) if n != lane), None)
     if (
         lane is None
@@ -307,7 +318,7 @@ def _options(kernel: Kernel, loop: str, limits: dict[str | None, int]) -> list[i
 
 
 def _tile_cost(kernel: Kernel, main: Expr, tile, lane: str | None, lanes: int) -> float:
-    """Cycles per useful multiply-add, from instruction issue and from what the tile reads of the caches.
+    """Cycles per useful multiply-add, from instruction issue and what the tile reads of the caches.
 
     One tile runs the whole reduction: `steps` times `accumulators` multiply-adds."""
     counts = dict(tile)
@@ -346,7 +357,7 @@ def _tile_cost(kernel: Kernel, main: Expr, tile, lane: str | None, lanes: int) -
         memory = footprint / _L3_BYTES_PER_CYCLE
     else:
         memory = (footprint if footprint > _L1_BYTES else fresh) / _L2_BYTES_PER_CYCLE
-    # Each multiply-add chain starts and ends once a tile; stores to distant lines cost a little more.
+    # Each multiply-add chain starts and ends once a tile; stores to distant lines cost a bit more.
     outside = 15.0 + 1.5 * accumulators
     waste = math.prod(
         math.ceil(kernel.loops[n].extent / c) * c / kernel.loops[n].extent for n, c in tile
@@ -374,7 +385,9 @@ def _operand(kernel: Kernel, factor: Expr) -> list[Access]:
 
 
 def _distinct(kernel: Kernel, access: Access, counts: dict[str, int], loops: list[str]) -> float:
-    """Elements that one tile touches. Loops of one stride overlap (the sliding window of a convolution)."""
+    """Elements that one tile touches.
+
+    Loops of one stride overlap (the sliding window of a convolution)."""
     reach: dict[int, int] = {}
     for n in [*counts, *loops]:
         stride = access.stride(n)

@@ -141,8 +141,8 @@ def tile_fma(a_index: tuple[int, ...], b_index: tuple[int, ...]):
                 [adapt(value, dtype, lanes) for value in element_values(builder, ll, operand)]
                 for ll, operand in zip(values, operands)
             )
-            # One value of the larger operand at a time, the smaller stays in registers: LLVM keeps the
-            # order, and a tile that just fits the registers does not spill.
+            # One value of the larger operand at a time, the smaller stays in registers: LLVM keeps
+            # the order, and a tile that just fits the registers does not spill.
             streamed = a_index if len(set(a_index)) > len(set(b_index)) else b_index
             results = [None] * len(sums)
             for k in sorted(range(len(sums)), key=streamed.__getitem__):

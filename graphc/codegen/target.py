@@ -1,4 +1,7 @@
-"""What the compiler needs of the CPU code generator, import-light: Numba is loaded only to compile."""
+"""What the compiler needs of the CPU code generator.
+
+Import-light: Numba is loaded only to compile.
+"""
 
 from graphc.codegen.program import blocks, can_lower, lower_graph, plan_launches
 from graphc.codegen.simd_host import host_lanes

@@ -15,9 +15,11 @@ def broadcast_shapes(*shapes: tuple[Dimension, ...]) -> tuple[Dimension, ...]:
         dims = [s[axis] for s in shapes if len(s) >= -axis]
         wide = [d for d in dims if d != 1]
         if len(set(wide)) > 1:
+            listed = " and ".join(str(list(s)) for s in shapes)
+            differing = " and ".join(str(d) for d in dict.fromkeys(wide))
             raise errors.ShapeError(
-                f"shapes {' and '.join(str(list(s)) for s in shapes)} do not broadcast: axis {axis} has sizes "
-                f"{' and '.join(str(d) for d in dict.fromkeys(wide))}; reshape or expand one of them"
+                f"shapes {listed} do not broadcast: axis {axis} has sizes {differing}; "
+                f"reshape or expand one of them"
             )
         result.append(wide[0] if wide else 1)
     return tuple(result)

@@ -21,7 +21,6 @@ from graphc.expr import Expr, Index, within
 from graphc.ir import Node, TensorType, Value
 from graphc.ops.broadcast import same_dtype
 from graphc.ops.elementwise import add
-from graphc.ops.pointwise import sizes
 from graphc.ops.registry import Attrs, Lowering, OpDef, Sample, apply, lift, register
 from graphc.ops.shape import reshape
 from graphc.ops.window import (
@@ -211,8 +210,8 @@ def _vjp(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | Non
     (x, weight), g, geometry = node.inputs, cotangents[0], _geometry(node.attrs)
     assert g is not None
     return (
-        conv2d_input_grad(g, weight, input_shape=sizes(x), **geometry),
-        conv2d_weight_grad(x, g, weight_shape=sizes(weight), **geometry),
+        conv2d_input_grad(g, weight, input_shape=x.sizes, **geometry),
+        conv2d_weight_grad(x, g, weight_shape=weight.sizes, **geometry),
     )
 
 
@@ -221,7 +220,7 @@ def _vjp_input_grad(node: Node, cotangents: Sequence[Value | None]) -> Sequence[
     assert c is not None
     return (
         apply("conv2d", c, weight, **geometry)[0],
-        conv2d_weight_grad(c, g, weight_shape=sizes(weight), **geometry),
+        conv2d_weight_grad(c, g, weight_shape=weight.sizes, **geometry),
     )
 
 
@@ -229,7 +228,7 @@ def _vjp_weight_grad(node: Node, cotangents: Sequence[Value | None]) -> Sequence
     (x, g), c, geometry = node.inputs, cotangents[0], _geometry(node.attrs)
     assert c is not None
     return (
-        conv2d_input_grad(g, c, input_shape=sizes(x), **geometry),
+        conv2d_input_grad(g, c, input_shape=x.sizes, **geometry),
         apply("conv2d", x, c, **geometry)[0],
     )
 
@@ -254,8 +253,8 @@ def _read_image(k: Lowering, slot: int, axes, n, channel, o, tap) -> Expr:
 
 
 def _lower(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Expr:
-    x, weight = (sizes(v) for v in node.inputs)
-    axes = window_axes(x[2:], sizes(node[0])[2:], weight[2:], node.attrs)
+    x, weight = (v.sizes for v in node.inputs)
+    axes = window_axes(x[2:], node[0].sizes[2:], weight[2:], node.attrs)
     n, oc, oh, ow = index
     g, _oc = _group(k, oc, weight[0] // node.attrs["groups"], node.attrs["groups"])
 
@@ -267,8 +266,8 @@ def _lower(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Expr:
 
 
 def _lower_input_grad(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Expr:
-    g_shape, weight = (sizes(v) for v in node.inputs)
-    axes = window_axes(sizes(node[0])[2:], g_shape[2:], weight[2:], node.attrs)
+    g_shape, weight = (v.sizes for v in node.inputs)
+    axes = window_axes(node[0].sizes[2:], g_shape[2:], weight[2:], node.attrs)
     n, channel, ih, iw = index
     per_group = weight[0] // node.attrs["groups"]
     group, ic = _group(k, channel, weight[1], node.attrs["groups"])
@@ -282,8 +281,8 @@ def _lower_input_grad(k: Lowering, node: Node, _: int, index: tuple[Index, ...])
 
 
 def _lower_weight_grad(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Expr:
-    x, g = (sizes(v) for v in node.inputs)
-    weight = sizes(node[0])
+    x, g = (v.sizes for v in node.inputs)
+    weight = node[0].sizes
     axes = window_axes(x[2:], g[2:], weight[2:], node.attrs)
     oc, ic, kh, kw = index
     group, _oc = _group(k, oc, weight[0] // node.attrs["groups"], node.attrs["groups"])

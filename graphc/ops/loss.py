@@ -17,7 +17,7 @@ from graphc.ir import Node, TensorType, Value
 from graphc.ops.activation import sigmoid
 from graphc.ops.compare import one_hot, where
 from graphc.ops.elementwise import add, div, exp, log, log1p, maximum, mul, neg, sub
-from graphc.ops.pointwise import operands, sizes
+from graphc.ops.pointwise import operands
 from graphc.ops.reduce import max as reduce_max
 from graphc.ops.reduce import mean
 from graphc.ops.reduce import sum as reduce_sum
@@ -251,7 +251,7 @@ def _evaluate_cross_entropy(arrays: list[np.ndarray], attrs: Attrs) -> list[np.n
 def _decompose_cross_entropy(node: Node, operands: tuple[Value, ...]) -> Sequence[Value]:
     logits, labels = operands
     axis, smoothing = _class_axis(logits.rank), node.attrs["label_smoothing"]
-    classes = sizes(logits)[axis]
+    classes = logits.sizes[axis]
     # The same parts in the same order as softmax, so that the gradient shares them.
     z = sub(logits, reduce_max(logits, axis=axis, keepdims=True))
     losses = sub(log(reduce_sum(exp(z), axis=axis, keepdims=True)), z)
@@ -275,7 +275,7 @@ def _vjp_cross_entropy(node: Node, cotangents: Sequence[Value | None]) -> Sequen
     (logits, labels), g = node.inputs, cotangents[0]
     assert g is not None
     axis, smoothing = _class_axis(logits.rank), node.attrs["label_smoothing"]
-    classes = sizes(logits)[axis]
+    classes = logits.sizes[axis]
     g = reshape(g, (*logits.shape[:axis], 1, *logits.shape[axis + 1 :]))
     probabilities = softmax(logits, axis)
     if labels.dtype != logits.dtype:
@@ -300,7 +300,7 @@ def _evaluate_nll(arrays: list[np.ndarray], attrs: Attrs) -> list[np.ndarray]:
 def _decompose_nll(node: Node, operands: tuple[Value, ...]) -> Sequence[Value]:
     values, labels = operands
     axis = _class_axis(values.rank)
-    hit = one_hot(labels, sizes(values)[axis], "bool", axis=axis)
+    hit = one_hot(labels, values.sizes[axis], "bool", axis=axis)
     return (reduce_sum(where(hit, neg(values), 0.0), axis=axis),)
 
 
@@ -309,7 +309,7 @@ def _vjp_nll(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value |
     assert g is not None
     axis = _class_axis(values.rank)
     g = reshape(g, (*values.shape[:axis], 1, *values.shape[axis + 1 :]))
-    return neg(mul(g, one_hot(labels, sizes(values)[axis], values.dtype, axis=axis))), None
+    return neg(mul(g, one_hot(labels, values.sizes[axis], values.dtype, axis=axis))), None
 
 
 # ---- samples

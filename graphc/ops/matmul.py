@@ -13,7 +13,7 @@ from graphc import errors
 from graphc.expr import Expr, Index
 from graphc.ir import Node, TensorType, Value
 from graphc.ops.broadcast import broadcast_index, broadcast_shapes, same_dtype, unbroadcast
-from graphc.ops.pointwise import operands, sizes
+from graphc.ops.pointwise import operands
 from graphc.ops.registry import Attrs, Lowering, OpDef, Sample, apply, register
 from graphc.ops.shape import reshape, transpose
 
@@ -67,7 +67,7 @@ def _vjp(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | Non
     if matrix_b.rank == 2 and matrix_a.rank > 2:
         # One matrix for the whole batch: fold the batch into its rows instead of summing a product
         # per item.
-        rows = math.prod(sizes(g)[:-1])
+        rows = math.prod(g.sizes[:-1])
         flat_a, flat_g = reshape(matrix_a, (rows, a.shape[-1])), reshape(g, (rows, full[-1]))
         grad_a, grad_b = matmul(flat_g, _swap(matrix_b)), matmul(_swap(flat_a), flat_g)
     else:
@@ -80,7 +80,7 @@ def _vjp(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | Non
 
 
 def _lower(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Expr:
-    a, b = (sizes(v) for v in node.inputs)
+    a, b = (v.sizes for v in node.inputs)
     row = () if len(a) == 1 else (index[-1 if len(b) == 1 else -2],)
     column = () if len(b) == 1 else (index[-1],)
     batch = index[: len(index) - len(row) - len(column)]

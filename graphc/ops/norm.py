@@ -147,7 +147,7 @@ def _decompose(node: Node, operands: tuple[Value, ...]) -> Sequence[Value]:
 
 def _count(x: Value | TensorType) -> int:
     """Elements per channel."""
-    return math.prod(x.shape[i] for i in _axes(len(x.shape)))  # type: ignore[misc]
+    return math.prod(x.sizes[i] for i in _axes(x.rank))
 
 
 def _vjp(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:

@@ -10,10 +10,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from graphc import errors
-from graphc.ir import Dimension, Value
+from graphc.ir import Axis, Dimension, Value
 from graphc.ops import compare, elementwise, reduce, shape, slicing
-
-Axis = int | Iterable[int] | None
 
 
 def _matmul(a: Any, b: Any) -> Value:
@@ -147,7 +145,7 @@ def _bind() -> None:
     for name, method in _METHODS.items():
         setattr(Value, name, method)
     # Makes `array + value` ask the value instead of spreading over the array's elements.
-    Value.__array_ufunc__ = None  # type: ignore[attr-defined]
+    Value.__array_ufunc__ = None
 
 
 _bind()

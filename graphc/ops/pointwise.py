@@ -40,12 +40,6 @@ def differentiable(value: Value) -> bool:
     return value.type.is_float and value.node.op != "constant"
 
 
-def sizes(value: Value) -> tuple[int, ...]:
-    """The shape of a value whose dimensions are all bound, as chain rules and lowerings meet it."""
-    assert all(isinstance(d, int) for d in value.shape), f"{value!r} has an unbound dimension"
-    return value.shape  # type: ignore[return-value]
-
-
 def operands(*items: Any) -> tuple[Value, ...]:
     """Operands as values of one graph: numbers and arrays become constants of the values' dtype.
 

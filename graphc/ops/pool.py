@@ -19,7 +19,6 @@ from graphc import errors
 from graphc.expr import Expr, Index, call, position, select, within
 from graphc.ir import Node, TensorType, Value
 from graphc.ops.elementwise import mul
-from graphc.ops.pointwise import sizes
 from graphc.ops.reduce import mean
 from graphc.ops.registry import Attrs, Lowering, OpDef, Sample, apply, register
 from graphc.ops.window import (
@@ -239,7 +238,7 @@ def _vjp_max(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value |
     x, g, geometry = node.inputs[0], cotangents[0], _geometry(node)
     assert g is not None
     argmax = max_pool2d_argmax(x, **geometry)
-    return (max_unpool2d(g, argmax, input_shape=sizes(x), **geometry),)
+    return (max_unpool2d(g, argmax, input_shape=x.sizes, **geometry),)
 
 
 def _vjp_argmax(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
@@ -255,13 +254,13 @@ def _vjp_unpool(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Valu
 def _vjp_gather(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
     (x, argmax), g = node.inputs, cotangents[0]
     assert g is not None
-    return max_unpool2d(g, argmax, input_shape=sizes(x), **_geometry(node)), None
+    return max_unpool2d(g, argmax, input_shape=x.sizes, **_geometry(node)), None
 
 
 def _vjp_avg(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
     x, g = node.inputs[0], cotangents[0]
     assert g is not None
-    return (avg_pool2d_grad(g, input_shape=sizes(x), **_geometry(node)),)
+    return (avg_pool2d_grad(g, input_shape=x.sizes, **_geometry(node)),)
 
 
 def _vjp_avg_grad(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:

@@ -18,7 +18,7 @@ from graphc.expr import Expr, Index, call, position
 from graphc.ir import Graph, Node, TensorType, Value
 from graphc.ops.compare import cast, ge
 from graphc.ops.elementwise import add, mul
-from graphc.ops.pointwise import check_dtype, differentiable, draw, sizes
+from graphc.ops.pointwise import check_dtype, differentiable, draw
 from graphc.ops.registry import Attrs, Lowering, OpDef, Sample, apply, register
 
 __all__ = ["random_uniform", "dropout"]
@@ -149,7 +149,7 @@ def _check_counter(counter: TensorType) -> None:
 
 def _uniform_lower(k: Lowering, node: Node, output: int, index: tuple[Index, ...]) -> Expr:
     flat, stride = Index(), 1
-    for i, size in zip(reversed(index), reversed(sizes(node[0])), strict=True):
+    for i, size in zip(reversed(index), reversed(node[0].sizes), strict=True):
         flat, stride = flat + i * stride, stride * size
     key = _key(node.attrs["seed"], node.attrs["stream"])
     return call("uint32_to_unit", threefry_scalar(key, position(flat), k.read(0, ())))
@@ -215,7 +215,7 @@ def _dropout_decompose(node: Node, inputs: tuple[Value, ...]) -> list[Value]:
     if not node.attrs["training"]:
         return [x]
     p, seed, stream = node.attrs["p"], node.attrs["seed"] or 0, node.attrs["stream"]
-    uniform = random_uniform(step, shape=sizes(x), seed=seed, stream=stream)
+    uniform = random_uniform(step, shape=x.sizes, seed=seed, stream=stream)
     return [mul(x, mul(cast(ge(uniform, p), x.dtype), _dropout_scale(p)))]
 
 

@@ -15,15 +15,13 @@ import numpy as np
 
 from graphc import errors
 from graphc.expr import Expr, Index
-from graphc.ir import Dimension, Node, TensorType, Value
+from graphc.ir import Axis, Dimension, Node, TensorType, Value
 from graphc.ops.compare import cast, eq, where
 from graphc.ops.elementwise import div, mul, square, sub
 from graphc.ops.pointwise import chain_rule, check_dtype, draw, whole_numbers
 from graphc.ops.registry import Attrs, Lowering, OpDef, Sample, apply, here, register
 
 __all__ = ["sum", "mean", "max", "min", "prod", "var", "argmax"]
-
-Axis = int | Iterable[int] | None
 
 
 def normalize_axes(axis: Axis, rank: int) -> tuple[int, ...]:

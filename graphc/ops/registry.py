@@ -1,7 +1,7 @@
 """The operator registry: one `OpDef` per operator, whole.
 
-An operator is its type rule, chain rule, NumPy reference, lowering and samples. Tests walk the registry,
-so an operator without one of them (or an explicit None with a reason) fails by name.
+An operator is its type rule, chain rule, NumPy reference, lowering and samples. Tests walk the
+registry, so an operator without one of them (or an explicit None with a reason) fails by name.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ Attrs = dict[str, Any]
 class Sample:
     """Operands to try an operator on.
 
-    `inputs`: NumPy arrays (float arrays as float64; the test casts them to the dtype under test; integer
-    and bool arrays are passed as they are). `grad`: operand slots to differentiate; None: all float ones.
+    `inputs`: NumPy arrays (float arrays as float64; the test casts them to the dtype under test;
+    integer and bool arrays are passed as they are). `grad`: operand slots to differentiate; None:
+    all float ones.
     """
 
     inputs: tuple[np.ndarray, ...]
@@ -35,8 +36,8 @@ class Sample:
 class Lowering(Protocol):
     """What an operator's `lower` rule may ask for; implemented by graphc.codegen.lower.
 
-    All indices are affine in loop variables. Rules are called with `index`, one Index per axis of the
-    output, and return the scalar expression of that output element.
+    All indices are affine in loop variables. Rules are called with `index`, one Index per axis of
+    the output, and return the scalar expression of that output element.
     """
 
     def read(self, slot: int, index: Sequence[Index | int]) -> Expr:
@@ -50,7 +51,9 @@ class Lowering(Protocol):
         ...
 
     def divmod(self, index: Index, divisor: int) -> tuple[Index, Index]:
-        """Quotient and remainder of an index by a constant; loops are split as needed to keep it affine."""
+        """Quotient and remainder of an index by a constant.
+
+        Loops are split as needed to keep it affine."""
         ...
 
 
@@ -58,16 +61,19 @@ class Lowering(Protocol):
 class OpDef:
     """Everything graphc knows about an operator.
 
-    name       the field's name for it
-    infer      (operand types, attrs) -> output types; raises ShapeError or DTypeError with the reason only
-    evaluate   (operand arrays, attrs) -> output arrays, in the operands' dtype: the reference
-    vjp        chain rule: (node, cotangents) -> cotangent per operand (None: no gradient flows), written in
-               graph ops; a cotangent of the node's outputs is None where nothing depends on that output
-    lower      (k: Lowering, node, output number, index) -> Expr; None for operators that decompose
-    decompose  (node, operands) -> values in simpler operators, one per output; None for operators that lower
-    samples    () -> list of Sample: odd sizes, broadcasting, every attribute
+    name         the field's name for it
+    infer        (operand types, attrs) -> output types; raises ShapeError or DTypeError with the
+                 reason only
+    evaluate     (operand arrays, attrs) -> output arrays, in the operands' dtype: the reference
+    vjp          chain rule: (node, cotangents) -> cotangent per operand (None: no gradient flows),
+                 written in graph ops; a cotangent of the node's outputs is None where nothing
+                 depends on that output
+    lower        (k: Lowering, node, output number, index) -> Expr; None for operators that
+                 decompose
+    samples      () -> list of Sample: odd sizes, broadcasting, every attribute
+    decompose    (node, operands) -> values in simpler operators, one per output; None for
+                 operators that lower
     elementwise  output element i depends on operands' elements i only (after broadcasting)
-    linear_in  operand slots in which the operator is linear (checked by tests); informs fusion
     """
 
     name: str
@@ -123,7 +129,7 @@ def lift(x: Any, like: Value) -> Value:
 
 
 def here() -> str:
-    """The user's line, for errors met before there is a node that could name it: `lenet.py:12: `."""
+    """The user's line, `lenet.py:12: `, for errors met before a node could name it."""
     origin = _caller()
     return f"{origin}: " if origin.file else ""
 

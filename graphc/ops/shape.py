@@ -15,7 +15,7 @@ from graphc import errors
 from graphc.expr import Expr, Index
 from graphc.ir import Dimension, Node, TensorType, Value
 from graphc.ops.broadcast import broadcast_index, broadcast_shapes, unbroadcast
-from graphc.ops.pointwise import SHAPES, chain_rule, draw, sizes
+from graphc.ops.pointwise import SHAPES, chain_rule, draw
 from graphc.ops.reduce import normalize_axes
 from graphc.ops.registry import Attrs, Lowering, OpDef, Sample, apply, here, register
 
@@ -136,7 +136,7 @@ def _reshape_infer(types: list[TensorType], attrs: Attrs) -> list[TensorType]:
 
 
 def _reshape_lower(k: Lowering, node: Node, output: int, index: tuple[Index, ...]) -> Expr:
-    source, target = sizes(node.inputs[0]), sizes(node[0])
+    source, target = node.inputs[0].sizes, node[0].sizes
     if 0 in source:
         return k.read(0, [Index()] * len(source))
     return k.read(0, reshape_index(k, source, target, index))

@@ -14,7 +14,7 @@ from graphc import errors
 from graphc.expr import Expr, Index, within
 from graphc.ir import Dimension, Node, TensorType, Value
 from graphc.ops.broadcast import same_dtype
-from graphc.ops.pointwise import chain_rule, differentiable, draw, sizes
+from graphc.ops.pointwise import chain_rule, differentiable, draw
 from graphc.ops.registry import Attrs, Lowering, OpDef, Sample, apply, here, register
 from graphc.ops.shape import checked_axis, reshape, unsqueeze
 
@@ -144,22 +144,22 @@ def _slice_evaluate(arrays: list[np.ndarray], attrs: Attrs) -> list[np.ndarray]:
 
 
 def _slice_vjp(node: Node, g: Value) -> Value:
-    shape, steps = sizes(node.inputs[0]), node.attrs["steps"]
+    shape, steps = node.inputs[0].sizes, node.attrs["steps"]
     if any(step > 1 for step in steps):
         g = _dilate(g, steps)
     before = node.attrs["starts"]
-    after = [size - start - part for size, start, part in zip(shape, before, sizes(g), strict=True)]
+    after = [size - start - part for size, start, part in zip(shape, before, g.sizes, strict=True)]
     return pad(g, list(zip(before, after, strict=True))) if any((*before, *after)) else g
 
 
 def _dilate(x: Value, steps: Sequence[int]) -> Value:
     """step - 1 zeros between neighbours of each axis: [n] -> [(n - 1) * step + 1]."""
-    wide = [d for size in sizes(x) for d in (size, 1)]
+    wide = [d for size in x.sizes for d in (size, 1)]
     gaps = [pair for step in steps for pair in ((0, 0), (0, step - 1))]
     spread = reshape(
-        pad(reshape(x, wide), gaps), [d * s for d, s in zip(sizes(x), steps, strict=True)]
+        pad(reshape(x, wide), gaps), [d * s for d, s in zip(x.sizes, steps, strict=True)]
     )
-    stops = [builtins.max((d - 1) * s + 1, 0) for d, s in zip(sizes(x), steps, strict=True)]
+    stops = [builtins.max((d - 1) * s + 1, 0) for d, s in zip(x.sizes, steps, strict=True)]
     return slice(spread, [0] * x.rank, stops)
 
 
@@ -223,11 +223,11 @@ def _pad_evaluate(arrays: list[np.ndarray], attrs: Attrs) -> list[np.ndarray]:
 
 def _pad_vjp(node: Node, g: Value) -> Value:
     starts = [before for before, _ in node.attrs["padding"]]
-    return slice(g, starts, [s + d for s, d in zip(starts, sizes(node.inputs[0]), strict=True)])
+    return slice(g, starts, [s + d for s, d in zip(starts, node.inputs[0].sizes, strict=True)])
 
 
 def _pad_lower(k: Lowering, node: Node, output: int, index: tuple[Index, ...]) -> Expr:
-    shape, padding = sizes(node.inputs[0]), node.attrs["padding"]
+    shape, padding = node.inputs[0].sizes, node.attrs["padding"]
     source = [i - before for i, (before, _) in zip(index, padding, strict=True)]
     inside = k.read(0, source)
     bounds = tuple((i, d) for i, d, p in zip(source, shape, padding, strict=True) if any(p))
@@ -290,7 +290,7 @@ def _concat_vjp(node: Node, cotangents: Sequence[Value | None]) -> list[Value | 
     found: list[Value | None] = []
     start = 0
     for value in node.inputs:
-        stop = start + sizes(value)[node.attrs["axis"]]
+        stop = start + value.sizes[node.attrs["axis"]]
         if g is not None and differentiable(value):
             found.append(slice(g, [*before, start], [*before, stop]))
         else:
@@ -301,13 +301,13 @@ def _concat_vjp(node: Node, cotangents: Sequence[Value | None]) -> list[Value | 
 
 def _concat_lower(k: Lowering, node: Node, output: int, index: tuple[Index, ...]) -> Expr:
     axis, dtype = node.attrs["axis"], node.types[0].dtype
-    starts = np.cumsum([0, *(sizes(v)[axis] for v in node.inputs)])
+    starts = np.cumsum([0, *(v.sizes[axis] for v in node.inputs)])
     # The last operand is guarded too: no operand is read outside its bounds.
     result: Expr | float = {"f": 0.0, "i": 0, "b": False}[np.dtype(dtype).kind]
     for slot in reversed(range(len(node.inputs))):
         local = index[axis] - int(starts[slot])
         element = k.read(slot, (*index[:axis], local, *index[axis + 1 :]))
-        result = within(((local, sizes(node.inputs[slot])[axis]),), element, result)
+        result = within(((local, node.inputs[slot].sizes[axis]),), element, result)
     return result  # type: ignore[return-value]
 
 

@@ -2,15 +2,17 @@
 
 A row of m outputs of an r-tap filter needs m * r products directly and m + r - 1 by interpolation:
 
-    y = A^T [(G w) * (B^T x)]        (Lavin & Gray 2016, "Fast Algorithms for Convolutional Neural
-                                     Networks"; Winograd 1980, "Arithmetic Complexity of Computations")
+    y = A^T [(G w) * (B^T x)]
 
-`tile_transform` cuts the last axis into overlapping tiles and multiplies each by a constant matrix (B^T of
-the images, G of the weights); its transpose `tile_transform_grad` puts tiles back (A^T of the products);
-`toom_conv` is the product between, one small convolution for each interpolation point. All are linear or
-bilinear, so their chain rules are each other, and the backward pass of a convolution written with them
-needs as few products as its forward pass. The points come before the channels: what belongs to one point
-lies together in memory.
+(Lavin & Gray 2016, "Fast Algorithms for Convolutional Neural Networks"; Winograd 1980, "Arithmetic
+Complexity of Computations").
+
+`tile_transform` cuts the last axis into overlapping tiles and multiplies each by a constant matrix
+(B^T of the images, G of the weights); its transpose `tile_transform_grad` puts tiles back (A^T of
+the products); `toom_conv` is the product between, one small convolution for each interpolation
+point. All are linear or bilinear, so their chain rules are each other, and the backward pass of a
+convolution written with them needs as few products as its forward pass. The points come before the
+channels: what belongs to one point lies together in memory.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ POINTS = ("0", "1", "-1", "1/2", "-1/2", "2", "-2", "4", "-4", "1/4", "-1/4")
 def matrices(outputs: int, taps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(A^T [m, n], G [n, r], B^T [n, n]) of F(m, r), float64, n = m + r - 1 points.
 
-    Exact up to the last rounding: computed in rationals. Rows of B^T are scaled by powers of two to a
-    largest entry near 1 and G by the inverse, which keeps transformed images in range.
+    Exact up to the last rounding: computed in rationals. Rows of B^T are scaled by powers of two to
+    a largest entry near 1 and G by the inverse, which keeps transformed images in range.
     """
     n = outputs + taps - 1
     points = [Fraction(p) for p in POINTS[: n - 1]]
@@ -54,7 +56,11 @@ def matrices(outputs: int, taps: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
         scale = Fraction(2) ** -round(float(np.log2(float(largest))))
         b[row] = [v * scale for v in b[row]]
         g[row] = [v / scale for v in g[row]]
-    return tuple(np.array([[float(v) for v in row] for row in m]) for m in (a, g, b))  # type: ignore[return-value]
+    return _array(a), _array(g), _array(b)
+
+
+def _array(rows: list[list[Fraction]]) -> np.ndarray:
+    return np.array([[float(v) for v in row] for row in rows])
 
 
 def _spread(points: list[Fraction], i: int) -> Fraction:
@@ -77,31 +83,33 @@ def _product(roots: list[Fraction]) -> list[Fraction]:
 
 
 def conv2d_by_rows(x: Value, weight: Value, outputs: int, name: str | None = None) -> Value:
-    """conv2d of stride 1 without padding, every row in tiles of `outputs`; x[N,C,H,W], weight[OC,C,KH,KW].
+    """conv2d of stride 1 without padding, every row in tiles of `outputs`.
 
-    W must hold whole tiles: W = tiles * outputs + KW - 1. Returns [N, OC, H - KH + 1, tiles * outputs].
+    x[N,C,H,W], weight[OC,C,KH,KW]. W must hold whole tiles: W = tiles * outputs + KW - 1.
+    Returns [N, OC, H - KH + 1, tiles * outputs].
     """
-    at, g, bt = (x.graph.constant(m, dtype=x.dtype) for m in _stored(outputs, int(weight.shape[3])))
+    at, g, bt = (x.graph.constant(m, dtype=x.dtype) for m in _stored(outputs, weight.sizes[3]))
     images = apply("tile_transform", x, bt, step=outputs, axis=1)[0]
     weights = apply("tile_transform", weight, g, step=1, axis=0)[0]
     products = apply("toom_conv", images, weights, name=name)[0]
-    width = int(products.shape[-1]) * outputs
+    width = products.sizes[-1] * outputs
     return apply("tile_transform_grad", products, at, step=outputs, axis=1, width=width)[0]
 
 
 def _stored(outputs: int, taps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The matrices with points as rows, as the operators take them: A [n, m], G [n, r], B^T [n, n]."""
+    """Matrices with points as rows, as the operators take them: A [n, m], G [n, r], B^T [n, n]."""
     at, g, bt = matrices(outputs, taps)
     return at.T.copy(), g, bt
 
 
-# ---- tile_transform: out[.., p, .., t] = sum over j of matrix[p, j] * x[.., t * step + j], p at `axis`
+# ---- tile_transform, p at `axis`:
+#          out[.., p, .., t] = sum over j of matrix[p, j] * x[.., t * step + j]
 
 
 def _infer_transform(types: list[TensorType], attrs: Attrs) -> list[TensorType]:
     x, matrix = types
-    points, taps = (int(d) for d in matrix.shape)
-    tiles, rest = divmod(int(x.shape[-1]) - taps, attrs["step"])
+    points, taps = matrix.sizes
+    tiles, rest = divmod(x.sizes[-1] - taps, attrs["step"])
     if rest or tiles < 0:
         raise errors.ShapeError(
             f"a width of {x.shape[-1]} does not hold whole tiles of {taps} every {attrs['step']}"
@@ -120,9 +128,9 @@ def _evaluate_transform(arrays: list[np.ndarray], attrs: Attrs) -> list[np.ndarr
 
 
 def _vjp_transform(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
-    x, matrix = node.inputs
-    g = apply("tile_transform_grad", cotangents[0], matrix, width=x.shape[-1], **node.attrs)[0]
-    return g, None
+    (x, matrix), g = node.inputs, cotangents[0]
+    assert g is not None
+    return apply("tile_transform_grad", g, matrix, width=x.sizes[-1], **node.attrs)[0], None
 
 
 def _split(index: tuple[Index, ...], axis: int) -> tuple[tuple[Index, ...], Index]:
@@ -132,7 +140,7 @@ def _split(index: tuple[Index, ...], axis: int) -> tuple[tuple[Index, ...], Inde
 
 def _lower_transform(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Expr:
     (*lead, t), p = _split(index, node.attrs["axis"])
-    taps, step = node.inputs[1].shape[1], node.attrs["step"]
+    taps, step = node.inputs[1].sizes[1], node.attrs["step"]
     return k.reduce("sum", (taps,), lambda j: k.read(0, (*lead, t * step + j)) * k.read(1, (p, j)))
 
 
@@ -159,13 +167,15 @@ def _evaluate_transform_grad(arrays: list[np.ndarray], attrs: Attrs) -> list[np.
 
 
 def _vjp_transform_grad(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
+    (_, matrix), c = node.inputs, cotangents[0]
+    assert c is not None
     attrs = {key: node.attrs[key] for key in ("step", "axis")}
-    return apply("tile_transform", cotangents[0], node.inputs[1], **attrs)[0], None
+    return apply("tile_transform", c, matrix, **attrs)[0], None
 
 
 def _lower_transform_grad(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Expr:
-    (*lead, w), (points, taps) = index, node.inputs[1].shape
-    axis, step, tiles = node.attrs["axis"], node.attrs["step"], node.inputs[0].shape[-1]
+    (*lead, w), (points, taps) = index, node.inputs[1].sizes
+    axis, step, tiles = node.attrs["axis"], node.attrs["step"], node.inputs[0].sizes[-1]
 
     def product(t: Index, p: Index, j: Index) -> Expr:
         return k.read(0, (*lead[:axis], p, *lead[axis:], t)) * k.read(1, (p, j))
@@ -175,7 +185,7 @@ def _lower_transform_grad(k: Lowering, node: Node, _: int, index: tuple[Index, .
         return k.reduce("sum", (points,), lambda p: product(t, p, j))
 
     def term(t: Index, p: Index) -> Expr:
-        return within(((w - t * step, int(taps)),), product(t, p, w - t * step), 0)
+        return within(((w - t * step, taps),), product(t, p, w - t * step), 0)
 
     return k.reduce("sum", (tiles, points), term)
 
@@ -187,7 +197,7 @@ def _infer_conv(types: list[TensorType], attrs: Attrs) -> list[TensorType]:
     v, u = types
     if v.rank != 5 or u.rank != 5 or v.shape[1:3] != (u.shape[0], u.shape[2]) or u.shape[4] != 1:
         raise errors.ShapeError(f"transformed images {v} and weights {u} do not fit")
-    height = int(v.shape[3]) - int(u.shape[3]) + 1
+    height = v.sizes[3] - u.sizes[3] + 1
     return [TensorType((v.shape[0], u.shape[0], u.shape[1], height, v.shape[4]), same_dtype(types))]
 
 
@@ -202,15 +212,16 @@ def _evaluate_conv(arrays: list[np.ndarray], attrs: Attrs) -> list[np.ndarray]:
 
 def _vjp_conv(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
     (v, u), g = node.inputs, cotangents[0]
+    assert g is not None
     return (
-        apply("toom_conv_input_grad", g, u, height=v.shape[3])[0],
+        apply("toom_conv_input_grad", g, u, height=v.sizes[3])[0],
         apply("toom_conv_weight_grad", v, g)[0],
     )
 
 
 def _lower_conv(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Expr:
     n, p, o, h, t = index
-    channels, taps = node.inputs[1].shape[2:4]
+    channels, taps = node.inputs[1].sizes[2:4]
     return k.reduce(
         "sum",
         (channels, taps),
@@ -242,23 +253,24 @@ def _evaluate_input_grad(arrays: list[np.ndarray], attrs: Attrs) -> list[np.ndar
 
 def _vjp_input_grad(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
     (g, u), c = node.inputs, cotangents[0]
+    assert c is not None
     return apply("toom_conv", c, u)[0], apply("toom_conv_weight_grad", c, g)[0]
 
 
 def _lower_input_grad(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Expr:
     n, p, c, h, t = index
-    g, u = (v.shape for v in node.inputs)
+    g, u = (v.sizes for v in node.inputs)
 
     def term(o: Index, kh: Index) -> Expr:
         product = k.read(0, (n, p, o, h - kh, t)) * k.read(1, (p, o, c, kh, 0))
-        return within(((h - kh, int(g[3])),), product, 0)
+        return within(((h - kh, g[3]),), product, 0)
 
     return k.reduce("sum", (u[1], u[3]), term)
 
 
 def _infer_weight_grad(types: list[TensorType], attrs: Attrs) -> list[TensorType]:
     v, g = types
-    taps = int(v.shape[3]) - int(g.shape[3]) + 1
+    taps = v.sizes[3] - g.sizes[3] + 1
     if v.shape[:2] != g.shape[:2] or v.shape[4] != g.shape[4] or taps < 1:
         raise errors.ShapeError(f"transformed images {v} and cotangent {g} do not fit")
     return [TensorType((g.shape[1], g.shape[2], v.shape[2], taps, 1), same_dtype(types))]
@@ -272,12 +284,13 @@ def _evaluate_weight_grad(arrays: list[np.ndarray], attrs: Attrs) -> list[np.nda
 
 def _vjp_weight_grad(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
     (v, g), c = node.inputs, cotangents[0]
-    return apply("toom_conv_input_grad", g, c, height=v.shape[3])[0], apply("toom_conv", v, c)[0]
+    assert c is not None
+    return apply("toom_conv_input_grad", g, c, height=v.sizes[3])[0], apply("toom_conv", v, c)[0]
 
 
 def _lower_weight_grad(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Expr:
     p, o, c, kh, _one = index
-    images, _points, _channels, height, tiles = node.inputs[1].shape
+    images, _points, _channels, height, tiles = node.inputs[1].sizes
     return k.reduce(
         "sum",
         (images, height, tiles),

@@ -2,10 +2,11 @@
 
     Y = A^T [ (G w G^T) * (B^T x B) ] A        (Lavin & Gray 2016, section 4)
 
-`patch_transform` cuts images into overlapping patches and multiplies each by a constant matrix from both
-sides; its transpose `patch_transform_grad` puts patches back. The product in between is one matrix product
-for each interpolation point, over channels: the ordinary `matmul`. Everything is linear or bilinear, so
-chain rules are made of the same operators. Matrices: `graphc.ops.toom_cook.matrices`.
+`patch_transform` cuts images into overlapping patches and multiplies each by a constant matrix from
+both sides; its transpose `patch_transform_grad` puts patches back. The product in between is one
+matrix product for each interpolation point, over channels: the ordinary `matmul`. Everything is
+linear or bilinear, so chain rules are made of the same operators. Matrices:
+`graphc.ops.toom_cook.matrices`.
 """
 
 from __future__ import annotations
@@ -32,11 +33,10 @@ def conv2d_by_patches(x: Value, weight: Value, outputs: int, name: str | None = 
     x[N,C,H,W] with H and W whole patches (tiles * outputs + taps - 1), weight[OC,C,taps,taps].
     Returns [N, OC, H - taps + 1, W - taps + 1].
     """
-    taps = int(weight.shape[3])
+    out_channels, channels, _, taps = weight.sizes
     at, g, bt = matrices(outputs, taps)
     graph = x.graph
-    out_channels, channels = (int(d) for d in weight.shape[:2])
-    height, width = (int(d) - taps + 1 for d in x.shape[2:])
+    height, width = (d - taps + 1 for d in x.sizes[2:])
     images = apply("patch_transform", x, graph.constant(bt, dtype=x.dtype), step=outputs)[0]
     both = graph.constant(np.kron(g, g), dtype=x.dtype)
     flat = reshape(weight, (out_channels * channels, taps * taps))
@@ -47,7 +47,7 @@ def conv2d_by_patches(x: Value, weight: Value, outputs: int, name: str | None = 
 
 
 def _tiles(extent: int, taps: int, step: int) -> int:
-    tiles, rest = divmod(int(extent) - taps, step)
+    tiles, rest = divmod(extent - taps, step)
     if rest or tiles < 0:
         raise errors.ShapeError(f"{extent} pixels do not hold whole patches of {taps} every {step}")
     return tiles + 1
@@ -59,9 +59,10 @@ def _tiles(extent: int, taps: int, step: int) -> int:
 
 def _infer(types: list[TensorType], attrs: Attrs) -> list[TensorType]:
     x, matrix = types
-    points, taps = (int(d) for d in matrix.shape)
-    tiles = _tiles(x.shape[2], taps, attrs["step"]) * _tiles(x.shape[3], taps, attrs["step"])
-    return [TensorType((x.shape[0], points * points, x.shape[1], tiles), same_dtype(types))]
+    images, channels, height, width = x.sizes
+    points, taps = matrix.sizes
+    tiles = _tiles(height, taps, attrs["step"]) * _tiles(width, taps, attrs["step"])
+    return [TensorType((images, points * points, channels, tiles), same_dtype(types))]
 
 
 def _evaluate(arrays: list[np.ndarray], attrs: Attrs) -> list[np.ndarray]:
@@ -75,18 +76,19 @@ def _evaluate(arrays: list[np.ndarray], attrs: Attrs) -> list[np.ndarray]:
 
 
 def _vjp(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
-    x, matrix = node.inputs
-    height, width = x.shape[2:]
+    (x, matrix), g = node.inputs, cotangents[0]
+    assert g is not None
+    height, width = x.sizes[2:]
     attrs = {"step": node.attrs["step"], "height": height, "width": width}
-    return apply("patch_transform_grad", cotangents[0], matrix, **attrs)[0], None
+    return apply("patch_transform_grad", g, matrix, **attrs)[0], None
 
 
 def _lower(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Expr:
     n, point, c, tile = index
-    points, taps = (int(d) for d in node.inputs[1].shape)
+    points, taps = node.inputs[1].sizes
     step = node.attrs["step"]
     p, q = k.divmod(point, points)
-    th, tw = k.divmod(tile, _tiles(node.inputs[0].shape[3], taps, step))
+    th, tw = k.divmod(tile, _tiles(node.inputs[0].sizes[3], taps, step))
 
     def row(i: Index) -> Expr:
         def element(j: Index) -> Expr:
@@ -122,12 +124,14 @@ def _evaluate_grad(arrays: list[np.ndarray], attrs: Attrs) -> list[np.ndarray]:
 
 
 def _vjp_grad(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
-    return apply("patch_transform", cotangents[0], node.inputs[1], step=node.attrs["step"])[0], None
+    (_, matrix), c = node.inputs, cotangents[0]
+    assert c is not None
+    return apply("patch_transform", c, matrix, step=node.attrs["step"])[0], None
 
 
 def _lower_grad(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Expr:
     n, c, h, w = index
-    points, taps = (int(d) for d in node.inputs[1].shape)
+    points, taps = node.inputs[1].sizes
     step = node.attrs["step"]
     rows, columns = (_tiles(node.attrs[key], taps, step) for key in ("height", "width"))
 

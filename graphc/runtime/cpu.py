@@ -89,13 +89,14 @@ class CpuExecutable(Executable):
 
     def _view(self, value: Value) -> np.ndarray:
         arena, offset = self._locate(value)
-        return arena.view(offset, value.layout.physical_shape(value.shape), value.dtype)
+        return arena.view(offset, value.layout.physical_shape(value.sizes), value.dtype)
 
     # ---- program
 
     def _build_tables(self, progress: Progress | None) -> None:
-        """Compile or fetch every kernel, and lay out two programs: what runs when parameters change, and
-        what runs at every call."""
+        """Compile or fetch every kernel, and lay out two programs.
+
+        One runs when parameters change, the other at every call."""
         rows = [launch for launch in self.launches if any(v.type.size for v in launch.node.outputs)]
         loaded = load_kernels(
             [KernelSource("kernel", launch.call.source) for launch in rows], progress=progress
@@ -132,10 +133,11 @@ class CpuExecutable(Executable):
         self._every.run()
 
     def _prepare_inputs(self) -> None:
-        """What a call does for each input: (name, shape, dtype, default, memory to copy to, slots to patch).
+        """What a call does for each input.
 
-        Small inputs are copied into the executable's memory, which is cheaper than asking NumPy for an
-        address; kernels read large ones where they are."""
+        (name, node, shape, dtype, default, memory to copy to, slots to patch). Small inputs are
+        copied into the executable's memory, which is cheaper than asking NumPy for an address;
+        kernels read large ones where they are."""
         self._calls = []
         # An output or update that is an input is read from the executable's memory.
         results = {root(value).node.name for value in self.graph.results}
@@ -200,7 +202,7 @@ class CpuExecutable(Executable):
             else:
                 value = self.graph.outputs[name]
                 outputs[name] = (
-                    view.copy() if plain else read_layout(view, value.shape, value.layout)
+                    view.copy() if plain else read_layout(view, value.sizes, value.layout)
                 )
         fresh = [(target, view.copy()) for target, view in self._copied]
         for target, contents in fresh:
@@ -210,7 +212,7 @@ class CpuExecutable(Executable):
     def _run_checked(self, out: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
         """Run, then compare every region with the interpreter on the operands that its kernel had.
 
-        The plan of a checked executable never reuses memory, so everything can still be looked at."""
+        The plan of a checked executable never reuses memory: everything can still be looked at."""
         before = {n.name: self._logical(n[0]) for n in self.graph if n.op in SOURCES}
         self._arena.poison()
         self._stale = True
@@ -228,18 +230,19 @@ class CpuExecutable(Executable):
             for i, value in enumerate(node.outputs):
                 difference = _difference(self._logical(value), expected[f"result{i}"])
                 if difference:
+                    path = self.kernel_paths.get(node.name, "-")
                     raise errors.CheckError(
-                        f"{node.describe()}: the kernel's {value.name!r} {value.type} differs from the "
-                        f"interpreter: {difference}; kernel source: {self.kernel_paths.get(node.name, '-')}"
+                        f"{node.describe()}: the kernel's {value.name!r} {value.type} differs from "
+                        f"the interpreter: {difference}; kernel source: {path}"
                     )
         return self._results(out)
 
     def _logical(self, value: Value) -> np.ndarray:
-        return read_layout(self._view(value), value.shape, value.layout)
+        return read_layout(self._view(value), value.sizes, value.layout)
 
     def _read(self, name: str) -> np.ndarray:
         node: Node = self.state_nodes[name]
-        return read_layout(self._view(node[0]), node.types[0].shape, node.layouts[0])
+        return read_layout(self._view(node[0]), node.types[0].sizes, node.layouts[0])
 
     def _write(self, name: str, array: np.ndarray) -> None:
         node = self.state_nodes[name]
@@ -247,13 +250,17 @@ class CpuExecutable(Executable):
         self._stale = True
 
     def poison(self) -> None:
-        """Fill the activation arena with NaN: tests prove that no kernel reads what none has written."""
+        """Fill the activation arena with NaN.
+
+        Tests prove with it that no kernel reads what none has written."""
         self._arena.poison()
 
 
 def _difference(got: np.ndarray, expected: np.ndarray) -> str:
-    """What is wrong with a kernel's result, or "". Rounding differs; a value within 1e-4 of the largest
-    is equal. The position of a maximum may differ where two elements are equal up to rounding."""
+    """What is wrong with a kernel's result, or "".
+
+    Rounding differs: a value within 1e-4 of the largest is equal. The position of a maximum may
+    differ where two elements are equal up to rounding."""
     if got.shape != expected.shape or got.size == 0:
         return (
             "" if got.shape == expected.shape else f"shape {got.shape} instead of {expected.shape}"

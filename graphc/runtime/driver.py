@@ -43,8 +43,8 @@ def driver_sources() -> tuple[KernelSource, ...]:
 def launch_table(rows: Iterable[tuple[int, ...]]) -> np.ndarray:
     """int64[rows, 5], 64-byte aligned, from rows (function, arguments, flags[, blocks[, step]])."""
     rows = list(rows)
-    table = aligned_zeros(max(1, len(rows)) * c.ROW_BYTES).view(np.int64).reshape(-1, c.ROW_BYTES // 8)
-    table = table[: len(rows)]
+    memory = aligned_zeros(max(1, len(rows)) * c.ROW_BYTES).view(np.int64)
+    table = memory.reshape(-1, c.ROW_BYTES // 8)[: len(rows)]
     for index, row in enumerate(rows):
         table[index, : len(row)] = row
     return table

@@ -37,7 +37,8 @@ class Executable:
         self.output_names = tuple(graph.outputs)
         self.state_nodes: dict[str, Node] = {**graph.parameters, **graph.states}
         self.records: tuple[Any, ...] = ()
-        # Runs the passes once more for an observer of (record, graph): cheaper than keeping each graph.
+        # Runs the passes once more for an observer of (record, graph): cheaper than to keep every
+        # graph.
         self.replay: Callable[[Callable[[Any, Graph], None]], Any] | None = None
         self._lock = threading.RLock()
 
@@ -49,7 +50,9 @@ class Executable:
     def run(
         self, inputs: Mapping[str, Any], out: Mapping[str, np.ndarray] | None = None
     ) -> dict[str, np.ndarray]:
-        """Run one step. `out` gives arrays to write outputs into (C-contiguous, of the output's type)."""
+        """Run one step.
+
+        `out` gives arrays to write outputs into (C-contiguous, of the output's type)."""
         raise NotImplementedError
 
     def _misnamed(self, inputs: Mapping[str, Any]) -> errors.InputError | None:
@@ -110,8 +113,9 @@ class Executable:
             }
 
     def load_state(self, state: Mapping[str, np.ndarray], strict: bool = True) -> None:
-        """Set parameters and states from arrays by name. Nothing changes if one of them does not fit.
+        """Set parameters and states from arrays by name.
 
+        Nothing changes if one of them does not fit.
         Raises StateError: unknown or missing names (unless `strict=False`), wrong shapes."""
         known = self.state_nodes
         extra = [n for n in state if n not in known and not _ignored(n)]
@@ -176,7 +180,8 @@ class Executable:
     ) -> Profile:
         """Time every launch over `runs` steps on inputs as for a call; `print` the result.
 
-        Parameters and states are put back afterwards. Raises GraphcError for `target="interpret"`."""
+        Parameters and states are put back afterwards.
+        Raises GraphcError for `target="interpret"`."""
         from graphc.runtime import inspect, profile
 
         inspect.require_kernels(self, "profile")

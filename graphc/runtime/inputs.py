@@ -1,4 +1,7 @@
-"""Check the arrays given to a call: name, shape, dtype, contiguity. Nothing wrong reaches a kernel."""
+"""Check the arrays given to a call: name, shape, dtype, contiguity.
+
+Nothing wrong reaches a kernel.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,8 @@ def _converted(node: Node, array: np.ndarray) -> np.ndarray:
     kind, target = array.dtype.kind, np.dtype(declared.dtype)
     if kind not in "biuf" or (kind == "f" and target.kind != "f"):
         raise errors.InputError(
-            f"input {node.name!r} expects {declared}, got {array.dtype}: convert it with .astype({declared.dtype!r})"
+            f"input {node.name!r} expects {declared}, got {array.dtype}: "
+            f"convert it with .astype({declared.dtype!r})"
         )
     if target.kind == "b" and kind != "b":
         raise errors.InputError(

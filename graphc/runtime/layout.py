@@ -16,13 +16,13 @@ def write_layout(memory: np.ndarray, array: np.ndarray, layout: Layout) -> None:
     full, rest = divmod(array.shape[axis], lanes)
     blocks = np.moveaxis(memory, -1, axis + 1)
     lead = (slice(None),) * axis
-    head = array[(*lead, slice(0, full * lanes))]
-    blocks[(*lead, slice(0, full))] = head.reshape(
+    whole, part = np.split(array, [full * lanes], axis)
+    blocks[lead + (slice(0, full),)] = whole.reshape(
         *array.shape[:axis], full, lanes, *array.shape[axis + 1 :]
     )
     if rest:
-        blocks[(*lead, full)] = 0
-        blocks[(*lead, full, slice(0, rest))] = array[(*lead, slice(full * lanes, None))]
+        blocks[lead + (full,)] = 0
+        blocks[lead + (full, slice(0, rest))] = part
 
 
 def read_layout(memory: np.ndarray, shape: tuple[int, ...], layout: Layout) -> np.ndarray:

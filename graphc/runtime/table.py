@@ -1,7 +1,12 @@
-"""The launch table of a program: one row a kernel, its arguments, and where threads wait for each other."""
+"""The launch table of a program.
+
+One row a kernel, its arguments, and where threads wait for each other.
+"""
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -10,7 +15,7 @@ from graphc.codegen.program import Launch
 from graphc.ir import Value
 from graphc.runtime.arena import aligned_zeros
 from graphc.runtime.driver import ALONE, BARRIER, GROUP_SHIFT, launch_table
-from graphc.runtime.team import Team
+from graphc.runtime.team import Team, get_team
 
 Range = tuple[int, int]
 
@@ -51,11 +56,7 @@ class LaunchTable:
         self.patches = {name: np.array(slots) for name, slots in patches.items()}
         self.rows = launch_table(table)
         self.team = team
-        self._program = team.program(self.rows.ctypes.data, len(table)) if table else None
-
-    def run(self) -> None:
-        if self._program is not None:
-            self._program.run()
+        self.run = _runner(self.rows, team)
 
     def run_timed(self) -> np.ndarray:
         """Run once; int64[threads, rows, 2]: begin and end of every row in ticks."""
@@ -63,6 +64,59 @@ class LaunchTable:
         if len(self.rows):
             self.team.program(self.rows.ctypes.data, len(self.rows), stamps.ctypes.data).run()
         return stamps
+
+
+def _runner(rows: np.ndarray, team: Team) -> Callable[[], None]:
+    """What runs a table: the whole team, or for a short program what is faster at the moment."""
+    if not len(rows):
+        return lambda: None
+    together = team.program(rows.ctypes.data, len(rows)).run
+    if team.threads == 1:
+        return together
+    return _Adaptive(get_team(1).program(rows.ctypes.data, len(rows)).run, together).run
+
+
+class _Adaptive:
+    """Runs a program with the whole team, but a short one alone while the team is slower.
+
+    A few microseconds of work are lost many times over when a core that the team counts on is busy
+    with something else. The first calls run alone and are timed; from then on a call of the team
+    that takes longer than that sends the next calls back to one thread, twice as many each time.
+    The same rows compute the same bits either way: no result depends on how the work is shared."""
+
+    SHORT = 200e-6  # seconds; longer programs gain from the team even on a busy machine
+    TRIALS = 4
+    PATIENCE = 3
+    MOST = 4096
+
+    def __init__(self, alone: Callable[[], None], together: Callable[[], None]):
+        self.alone, self.together = alone, together
+        self.expected = math.inf
+        self.trials = self.TRIALS
+        self.pause, self.backoff, self.patience = 0, 16, self.PATIENCE
+
+    def run(self) -> None:
+        if self.trials:
+            begin = time.perf_counter()
+            self.alone()
+            self.expected = min(self.expected, time.perf_counter() - begin)
+            self.trials -= 1
+            if self.expected > self.SHORT and not self.trials:
+                self.run = self.together  # type: ignore[method-assign]  # decided for good
+        elif self.pause:
+            self.pause -= 1
+            self.alone()
+        else:
+            begin = time.perf_counter()
+            self.together()
+            if time.perf_counter() - begin < self.expected:
+                self.patience, self.backoff = self.PATIENCE, max(16, self.backoff - 1)
+                return
+            # One slow call may have woken sleeping workers.
+            self.patience -= 1
+            if not self.patience:
+                self.pause, self.backoff = self.backoff, min(2 * self.backoff, self.MOST)
+                self.patience = self.PATIENCE
 
 
 def _copies(launch: Launch) -> int:
@@ -79,9 +133,9 @@ def root(value: Value) -> Value:
 
 
 def row_flags(launches: Sequence[Launch], memory: Callable[[Value], Range]) -> list[int]:
-    """Flags by row: who runs it, the length of a group at its first row, and a barrier after a row only
-    where a later row touches memory that this or an earlier one since the last barrier has touched, at
-    least one of the two writing it."""
+    """Flags by row: who runs it, the length of a group at its first row, and a barrier after a row
+    only where a later row touches memory that this or an earlier one since the last barrier has
+    touched, at least one of the two writing it."""
     flags = [ALONE if launch.schedule.parallel == 0 else 0 for launch in launches]
     units = _units(launches)
     reads: list[Range] = []

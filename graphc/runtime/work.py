@@ -112,8 +112,7 @@ def launch_bytes(launch: Launch) -> int:
 
 def stored_bytes(value: Value) -> int:
     """Bytes of a value in its layout, padded lanes included."""
-    shape = value.layout.physical_shape(value.shape)  # type: ignore[arg-type]
-    return math.prod(shape) * value.type.itemsize
+    return math.prod(value.layout.physical_shape(value.sizes)) * value.type.itemsize
 
 
 def contraction_flops(graph: Graph) -> int:
