@@ -1,11 +1,17 @@
 """graphc: a deep-learning compiler in readable Python. Declare a network, compile it, run it."""
 
 import importlib as _importlib
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from graphc import errors, nn, ops, optim
 from graphc.ir import Graph, Layout, TensorType, Value
-from graphc.ops import *  # noqa: F403
+from graphc.ops import *  # noqa: F403  # ops.__all__ says what
 from graphc.serialize import load, save
+
+if _TYPE_CHECKING:
+    from graphc import data, train, viz, zoo
+    from graphc.compiler import compile, default_pipeline
+    from graphc.interpreter import interpret
 
 # Imported when first used: compiling pulls in the runtime, pictures and data their own libraries.
 _LAZY = {
@@ -13,7 +19,7 @@ _LAZY = {
     "default_pipeline": "graphc.compiler",
     "interpret": "graphc.interpreter",
 }
-_LAZY_MODULES = ("data", "interop", "train", "viz", "zoo")
+_LAZY_MODULES = ("data", "train", "viz", "zoo")
 
 __version__ = "0.1.0"
 __all__ = [

@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -72,6 +72,13 @@ def compile(
     """
     _check_options(target, threads, precision, mode, outputs, gradients, optimizer)
     declared, limit = graph.copy(), _bytes(memory_limit)
+    cores = 1
+    if target != "interpret":
+        from graphc.codegen import target as cpu_target
+        from graphc.runtime.cpu import CpuExecutable
+        from graphc.runtime.team import available_cores
+
+        cores = threads or available_cores()
 
     @called_from(_caller())
     def shaped(
@@ -94,10 +101,10 @@ def compile(
             return joint, {}, records
         fused, more = (pipeline or default_pipeline()).run(joint, observer=observer)
         kernels = cpu_target.lower_graph(fused)
-        planned, final = memory_pipeline(threads, check).run(fused, observer=observer)
+        planned, final = memory_pipeline(cores, check).run(fused, observer=observer)
         if limit is not None and planned.annotations["memory"].arena_bytes > limit:
             # Values of a group all live at once: without groups the plan is as small as it gets.
-            small = memory_pipeline(threads, check).without("parallelize")
+            small = memory_pipeline(cores, check).without("parallelize")
             planned, final = small.run(fused, observer=observer)
             least = planned.annotations["memory"].arena_bytes
             if least > limit:
@@ -111,31 +118,23 @@ def compile(
         joint, _, records = shaped()
         executable: Executable = InterpretedExecutable(joint, seed)
     else:
-        from graphc.codegen import target as cpu_target
-        from graphc.runtime.cpu import CpuExecutable
-        from graphc.runtime.team import available_cores
-
-        threads = threads or available_cores()
         planned, kernels, records = shaped()
-        launches = cpu_target.plan_launches(planned, kernels, cpu_target.host_lanes(), threads)
-        executable = CpuExecutable(planned, launches, threads, seed, _progress(), check=check)
+        launches = cpu_target.plan_launches(planned, kernels, cpu_target.host_lanes(), cores)
+        executable = CpuExecutable(planned, launches, cores, seed, _progress(), check=check)
     executable.records, executable.replay = records, shaped
     return executable
 
 
 def _bytes(limit: int | str | None) -> int | None:
     """A number of bytes, from a number or a text such as "200MB" or "1.5 GiB"."""
-    if limit is None or isinstance(limit, int) and limit > 0:
+    if limit is None or (isinstance(limit, int) and limit > 0):
         return limit
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([kMG]?)(i?)B?\s*", str(limit))
-    try:
-        assert match and isinstance(limit, str)
-        unit = 1024 if match[3] else 1000
-        return int(float(match[1]) * unit ** " kMG".index(match[2] or " "))
-    except (AssertionError, ValueError):
-        raise errors.CompileError(
-            f'memory_limit={limit!r}: use bytes or a text such as "200MB"'
-        ) from None
+    number = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
+    match = re.fullmatch(rf"\s*{number}\s*([kMG]?)(i?)B?\s*", str(limit))
+    if isinstance(limit, int) or match is None:
+        raise errors.CompileError(f'memory_limit={limit!r}: use bytes or a text such as "200MB"')
+    unit = 1024 if match[3] else 1000
+    return int(float(match[1]) * unit ** " kMG".index(match[2] or " "))
 
 
 def default_pipeline(layout: str | None = None) -> Pipeline:
@@ -208,14 +207,12 @@ def transform(
         observer(PassRecord("bind", 0.0, len(graph), len(g)), g)
     forward = Pipeline((SetMode(training, seed),)) + FORWARD + (algorithms or Pipeline())
     g, records = forward.run(g, observer=observer)
-    if gradients or optimizer:
+    if loss is not None and (gradients or optimizer):
         began, before = time.perf_counter(), len(g)
         trained = [n for n, p in g.parameters.items() if optimizer and p.attrs["trainable"]]
         wrt = list(dict.fromkeys([*gradients, *trained]))
         start, values = len(g), [_source(g, graph, n) for n in wrt]
-        found: dict[str, Value] = dict(
-            zip(wrt, differentiate(g, g.value(loss), values), strict=True)
-        )
+        found = dict(zip(wrt, differentiate(g, g.value(loss), values), strict=True))
         _mark(g, start, "backward")
         g.outputs |= {f"grad:{name}": found[name] for name in gradients}
         if optimizer:
@@ -241,8 +238,9 @@ def _bind(g: Graph, dims: Mapping[str, int]) -> Graph:
     known = {d for n in g for t in n.types for d in t.shape if isinstance(d, str)}
     unknown = sorted(set(dims) - known)
     if unknown:
+        names = ", ".join(sorted(known)) or "no symbolic dimension"
         raise errors.UnboundDimensionError(
-            f"dims has {unknown[0]!r}, but graph {g.name!r} has {', '.join(sorted(known)) or 'no symbolic dimension'}"
+            f"dims has {unknown[0]!r}, but graph {g.name!r} has {names}"
         )
     return g.bind(dims)
 
@@ -281,14 +279,20 @@ def _check_options(
         raise errors.CompileError(f"threads={threads!r}: use 1 to 256, or None for every core")
     for what, names in (("outputs", outputs), ("gradients", gradients)):
         if isinstance(names, str) or not all(isinstance(n, str) for n in names):
-            raise errors.CompileError(f"{what}={names!r}: pass a list of names, e.g. {what}=['loss']")
+            raise errors.CompileError(
+                f"{what}={names!r}: pass a list of names, e.g. {what}=['loss']"
+            )
     if not (outputs or gradients or optimizer):
-        raise errors.CompileError("nothing to compute: name outputs=[...], gradients=[...] or an optimizer")
+        raise errors.CompileError(
+            "nothing to compute: name outputs=[...], gradients=[...] or an optimizer"
+        )
     if optimizer is not None and not hasattr(optimizer, "apply"):
-        raise errors.CompileError(f"optimizer={optimizer!r}: pass an optimizer, e.g. gc.optim.SGD(lr=0.1)")
+        raise errors.CompileError(
+            f"optimizer={optimizer!r}: pass an optimizer, e.g. gc.optim.SGD(lr=0.1)"
+        )
 
 
-def _progress():
+def _progress() -> Callable[[int, int, float, str], None]:
     """On a terminal, one line that counts kernels while they compile, once that takes a while."""
     started = time.perf_counter()
 

@@ -324,7 +324,9 @@ class Graph:
             known = list(dict.fromkeys([*self.outputs, *self.nx]))
             near = difflib.get_close_matches(name, known, n=3)
             hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
-            raise errors.NameLookupError(f"graph {self.name!r} has no output and no node {name!r}{hint}")
+            raise errors.NameLookupError(
+                f"graph {self.name!r} has no output and no node {name!r}{hint}"
+            )
         return self.nx.nodes[name]["node"]
 
     def value(self, name: str) -> Value:
@@ -599,8 +601,8 @@ class Graph:
                     f"dims[{key!r}] = {size!r}: a size must be a non-negative int"
                 )
 
-        def visit(new: Graph, node: Node, inputs: tuple[Value, ...]):
-            def resolve(item):
+        def visit(new: Graph, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
+            def resolve(item: Any) -> Any:
                 if isinstance(item, TensorType):
                     return TensorType(
                         tuple(int(dims[d]) if isinstance(d, str) else d for d in item.shape),
@@ -659,7 +661,7 @@ class Graph:
         """Hex digest of `structure()`, the same in every process."""
         return hashlib.sha256(repr(self.structure()).encode()).hexdigest()
 
-    def _repr_pretty_(self, printer, cycle) -> None:
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(str(self))
 
 

@@ -36,7 +36,8 @@ class AssignLayouts(Pass):
     def run(self, graph: Graph) -> Graph:
         batch = graph.annotations.get("batch")
         costs = {m: _cost(graph, m, self.lanes, batch) for m in (BATCH, CHANNELS, PLAIN)}
-        mode = self.mode or graph.annotations.get("layout_mode") or min(costs, key=costs.__getitem__)
+        cheapest = min(costs, key=costs.__getitem__)
+        mode = self.mode or graph.annotations.get("layout_mode") or cheapest
         new = _Assign(graph, mode, self.lanes, batch, self.can_lower).run()
         new.annotations["layouts"] = (mode, costs)
         note(
@@ -72,7 +73,7 @@ def _cost(graph: Graph, mode: str, lanes: int, batch: int | None) -> float:
         elif mode == PLAIN or "groups" not in inner.attrs:
             total += work * 1.6
         else:
-            weight = inner.attrs.get("weight_shape") or inner.inputs[1].shape
+            weight = inner.attrs.get("weight_shape") or inner.inputs[1].sizes
             channels = (
                 weight[1] * inner.attrs["groups"] if inner.op == "conv2d_input_grad" else weight[0]
             )
@@ -83,41 +84,42 @@ def _cost(graph: Graph, mode: str, lanes: int, batch: int | None) -> float:
 
 
 def _multiply_adds(node: Node) -> float:
-    out = math.prod(node.types[0].shape)
-    if node.op in ("patch_transform", "patch_transform_grad"):
-        return 4.0 * math.prod((node.types[0] if node.op == "patch_transform" else node.inputs[0].type).shape)
+    out = node.types[0].size
+    first, second = node.inputs[:2]
+    if node.op == "patch_transform":
+        return 4.0 * out
+    if node.op == "patch_transform_grad":
+        return 4.0 * first.type.size
     if node.op == "tile_transform":
-        return out * node.inputs[1].shape[1]
+        return out * second.sizes[1]
     if node.op == "tile_transform_grad":
-        return math.prod(node.inputs[0].shape) * node.inputs[1].shape[1]
-    if node.op.startswith("toom_conv"):
-        g = node.inputs[1] if node.op == "toom_conv_weight_grad" else node.inputs[0]
-        weight = node.types[0].shape if node.op == "toom_conv_weight_grad" else node.inputs[1].shape
-        return (math.prod(g.shape) if node.op != "toom_conv" else out) * weight[2] * weight[3]
+        return first.type.size * second.sizes[1]
+    if node.op == "toom_conv":
+        return out * math.prod(second.sizes[2:4])
+    if node.op == "toom_conv_input_grad":
+        return first.type.size * math.prod(second.sizes[2:4])
+    if node.op == "toom_conv_weight_grad":
+        return second.type.size * math.prod(node.types[0].sizes[2:4])
     if node.op == "matmul":
-        return out * node.inputs[0].shape[-1]
+        return out * first.sizes[-1]
     if node.op == "conv2d":
-        return out * math.prod(node.inputs[1].shape[1:])
-    g, weight = (
-        (node.inputs[1], node.attrs["weight_shape"])
-        if node.op == "conv2d_weight_grad"
-        else (
-            node.inputs[0],
-            node.inputs[1].shape,
-        )
-    )
-    return math.prod(g.shape) * math.prod(weight[1:])
+        return out * math.prod(second.sizes[1:])
+    if node.op == "conv2d_weight_grad":
+        return second.type.size * math.prod(node.attrs["weight_shape"][1:])
+    return first.type.size * math.prod(second.sizes[1:])
 
 
 class _Assign:
-    def __init__(self, graph: Graph, mode: str, lanes: int, batch: int | None, can_lower):
-        self.graph, self.mode, self.lanes, self.batch, self.can_lower = (
-            graph,
-            mode,
-            lanes,
-            batch,
-            can_lower,
-        )
+    def __init__(
+        self,
+        graph: Graph,
+        mode: str,
+        lanes: int,
+        batch: int | None,
+        can_lower: Callable[[Node], bool],
+    ):
+        self.graph, self.mode, self.lanes = graph, mode, lanes
+        self.batch, self.can_lower = batch, can_lower
         self.new = Graph(graph.name)
         self.new.annotations = dict(graph.annotations)
         self.mapping: dict[Value, Value] = {}
@@ -126,7 +128,6 @@ class _Assign:
         self.weights = self._weight_layouts()
 
     def run(self) -> Graph:
-        outputs = set(self.graph.outputs.values())
         updates = {v: self.graph.node(name) for name, v in self.graph.updates.items()}
         for node in self.graph:
             inputs = tuple(self.mapping[v] for v in node.inputs)
@@ -148,7 +149,6 @@ class _Assign:
         for name, value in self.graph.updates.items():
             target = self.new.node(name)[0].layout
             self.new.updates[name] = self.convert(self.mapping[value], target)
-        del outputs
         return self.new
 
     def _is_batched(self, node: Node, value: Value) -> bool:
@@ -181,7 +181,7 @@ class _Assign:
         if node.op == "input":
             # A vector with full blocks lies in memory the same way in both layouts.
             vector = kind.rank == 1 and self.mode == BATCH and kind.shape[0] == self.batch
-            return self._lane(0) if vector and kind.shape[0] % self.lanes == 0 else ROWS
+            return self._lane(0) if vector and kind.sizes[0] % self.lanes == 0 else ROWS
         return self.weights.get(node.name, ROWS)
 
     def _weight_layouts(self) -> dict[str, Layout]:
@@ -204,7 +204,7 @@ class _Assign:
                 continue
             names = list(node.attrs["body"].inputs)
             operand = node.inputs[names.index(right.node.name)]
-            if operand.node.op == "parameter" and operand.shape[0] > 1:
+            if operand.node.op == "parameter" and operand.sizes[0] > 1:
                 found[operand.node.name] = self._lane(0)
         for name in list(found):
             for state in self.graph.states:
@@ -245,15 +245,16 @@ class _Assign:
     def _result_layout(self, node: Node, value: Value, updates: dict[Value, Node]) -> Layout:
         if value in updates:
             return self.weights.get(updates[value].name, ROWS)
-        shape = value.shape
+        shape = value.sizes
         inner = contraction(node)
         if self.mode == BATCH:
             return self._lane(0) if self._is_batched(node, value) else ROWS
         if self.mode == CHANNELS:
-            if inner is not None and inner.op == "conv2d_weight_grad":
-                return self._lane(0) if shape[0] > 1 else ROWS
-            if inner is not None and (inner.op == "patch_transform" or self._is_point_product(node, inner)):
-                return self._lane(2)
+            if inner is not None:
+                if inner.op == "conv2d_weight_grad":
+                    return self._lane(0) if shape[0] > 1 else ROWS
+                if inner.op == "patch_transform" or self._is_point_product(node, inner):
+                    return self._lane(2)
             if len(shape) == 4 and shape[1] > 1 and self._is_batched(node, value):
                 return self._lane(1)
             target = self._gradient_of(value)
@@ -289,7 +290,7 @@ class _Assign:
                 if (
                     left.node.op == "transpose"
                     and right.node.name == name
-                    and right.shape[-1] >= 2 * self.lanes
+                    and right.sizes[-1] >= 2 * self.lanes
                 ):
                     converted.append(self.convert(value, ROWS))
                     continue
@@ -298,12 +299,12 @@ class _Assign:
                 second = inner.inputs[1] if inner.op == "conv2d" else None
                 if inner.op == "matmul" and self._is_point_product(node, inner):
                     second = inner.inputs[0]
-                if second is not None and second.node.name == name and value.shape[0] > 1:
+                if second is not None and second.node.name == name and value.sizes[0] > 1:
                     value = self.convert(value, self._lane(1 if inner.op == "matmul" else 0))
             if name in images and value in self.batched and value.layout == ROWS:
                 if self.mode == BATCH:
                     value = self.convert(value, self._lane(0))
-                elif self.mode == CHANNELS and value.rank == 4 and value.shape[1] >= self.lanes:
+                elif self.mode == CHANNELS and value.rank == 4 and value.sizes[1] >= self.lanes:
                     value = self.convert(value, self._lane(1))
             converted.append(value)
         return tuple(converted)
@@ -311,7 +312,7 @@ class _Assign:
     def convert(self, value: Value, layout: Layout) -> Value:
         """The same value in another layout, through a copy that all readers share."""
         if value.layout == layout or (
-            layout == ROWS and value.rank == 1 and value.shape[0] % value.layout.lanes == 0
+            layout == ROWS and value.rank == 1 and value.sizes[0] % value.layout.lanes == 0
         ):
             return value
         key = (value, layout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, overload
 
 from graphc import errors
 from graphc.ir import SOURCES, Graph, Node, Value
@@ -28,9 +29,30 @@ class Autodiff(Pass):
         values = [new.value(name) for name in self.wrt]
         gradients = differentiate(new, new.value(self.loss), values)
         for name, gradient in zip(self.wrt, gradients, strict=True):
-            assert gradient is not None
             new.output(**{f"grad:{name}": gradient})
         return new
+
+
+@overload
+def differentiate(
+    graph: Graph,
+    loss: Value,
+    wrt: Sequence[Value],
+    seed: Value | None = None,
+    *,
+    zeros: Literal[True] = True,
+) -> list[Value]: ...
+
+
+@overload
+def differentiate(
+    graph: Graph,
+    loss: Value,
+    wrt: Sequence[Value],
+    seed: Value | None = None,
+    *,
+    zeros: Literal[False],
+) -> list[Value | None]: ...
 
 
 def differentiate(
@@ -40,7 +62,7 @@ def differentiate(
     seed: Value | None = None,
     *,
     zeros: bool = True,
-) -> list[Value | None]:
+) -> Sequence[Value | None]:
     """Append the gradients of `loss` with respect to each of `wrt` and return them, in that order.
 
     loss: a float scalar, or a value of any shape when `seed`, its cotangent, is given. Each

@@ -49,7 +49,7 @@ class ChooseConvolutions(Pass):
         mode = min(totals, key=totals.__getitem__)
         costs = modes[mode] or {}
 
-        def visit(new: Graph, node: Node, inputs: tuple[Value, ...]):
+        def visit(new: Graph, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...] | None:
             if node.name not in costs:
                 return None
             best = min(costs[node.name], key=costs[node.name].__getitem__)
@@ -146,7 +146,7 @@ def _by_patches(node: Node) -> dict[str, float]:
 def _rewritten(node: Node, inputs: tuple[Value, ...], m: int, mode: str) -> Value:
     x, weight = inputs
     _, _, kh, kw, oh, ow = _sizes(node)
-    (top, bottom), (left, right) = node.attrs["padding"]
+    (top, _), (left, _) = node.attrs["padding"]
     wide = -(-ow // m) * m + kw - 1
     high = -(-oh // m) * m + kh - 1 if mode == CHANNELS else oh + kh - 1
     # Pixels beyond the image are zeros; what no output reads is cut off.

@@ -39,7 +39,7 @@ def _composed(node: Node) -> bool:
     return node.op not in SOURCES and registry.get(node.op).decompose is not None
 
 
-def _visit(new: Graph, node: Node, inputs: tuple[Value, ...]):
+def _visit(new: Graph, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...] | None:
     if not _composed(node):
         return None
     rule = registry.get(node.op).decompose

@@ -28,7 +28,7 @@ class EliminateCommon(Pass):
     def run(self, graph: Graph) -> Graph:
         seen: dict[Hashable, Node] = {}
 
-        def visit(new: Graph, node: Node, inputs: tuple[Value, ...]):
+        def visit(new: Graph, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...] | None:
             if node.op in NAMED_SOURCES:
                 return None
             if node.op == "constant" and node.types[0].size > self.constant_limit:

@@ -35,7 +35,7 @@ class ExplicitPadding(Pass):
                 wide[key] = apply("pad", value, padding=((0, 0), (0, 0), *padding), value=0.0)[0]
             return wide[key]
 
-        def visit(new: Graph, node: Node, inputs: tuple[Value, ...]):
+        def visit(new: Graph, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...] | None:
             if node.op in ("conv2d", "conv2d_weight_grad") and _is_padded(node):
                 attrs = {**node.attrs, "padding": ((0, 0), (0, 0))}
                 x = padded(inputs[0], node.attrs["padding"])

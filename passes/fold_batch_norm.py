@@ -38,7 +38,7 @@ class FoldBatchNorm(Pass):
         }
         operands: dict[str, tuple[Value, ...]] = {}
 
-        def visit(new: Graph, node: Node, inputs: tuple[Value, ...]):
+        def visit(new: Graph, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...] | None:
             operands[node.name] = inputs
             if node.name not in pairs:
                 return None

@@ -25,7 +25,7 @@ class FoldConstants(Pass):
     def run(self, graph: Graph) -> Graph:
         return graph.rebuild(self._visit)
 
-    def _visit(self, new: Graph, node: Node, inputs: tuple[Value, ...]):
+    def _visit(self, new: Graph, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...] | None:
         if node.op in SOURCES or not inputs or any(v.node.op != "constant" for v in inputs):
             return None
         if node.op == "expand":  # Copies elements and computes none: cheaper where it is read.

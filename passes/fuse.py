@@ -16,8 +16,9 @@ from graphc.ops.registry import get
 from passes.base import Pass
 
 CONTRACTIONS = frozenset(
-    "matmul conv2d conv2d_input_grad conv2d_weight_grad tile_transform tile_transform_grad toom_conv "
-    "toom_conv_input_grad toom_conv_weight_grad patch_transform patch_transform_grad".split()
+    "matmul conv2d conv2d_input_grad conv2d_weight_grad tile_transform tile_transform_grad "
+    "toom_conv toom_conv_input_grad toom_conv_weight_grad "
+    "patch_transform patch_transform_grad".split()
 )
 WINDOWS = frozenset({"max_pool2d", "max_pool2d_argmax", "avg_pool2d"})
 REDUCTIONS = frozenset({"sum", "max", "min", "prod", "argmax"})
@@ -48,7 +49,7 @@ class Fuse(Pass):
 def _keep_axes(graph: Graph) -> Graph:
     """Reductions keep their axes as 1 and a view drops them: all values of a region align."""
 
-    def visit(new: Graph, node: Node, inputs: tuple[Value, ...]):
+    def visit(new: Graph, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...] | None:
         if node.op not in REDUCTIONS or node.attrs["keepdims"] or not node.inputs[0].rank:
             return None
         kept = new.add(node.op, inputs, {**node.attrs, "keepdims": True}, name=node.name)

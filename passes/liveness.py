@@ -138,6 +138,9 @@ def _overwritten(
         storage = owner.get(roots[slot])
         if storage is None or storage.size != size or storage.last != position:
             continue
+        # A thread's own block is no place for a value of the whole batch, even one as large.
+        if roots[slot].layout.copies != value.layout.copies:
+            continue
         # An earlier output of this node may have taken it, or another slot may read it in another
         # way.
         if any(v.node is node for v in storage.values):

@@ -28,20 +28,17 @@ class Parallelize(Pass):
 
     blocks: Callable[[Node], int | None]
     threads: int = 1
-    cache_bytes: int = (
-        600_000  # a little more than a core's own cache: not all of a group is live at once
-    )
+    # A little more than a core's own cache: not all of a group is live at once.
+    cache_bytes: int = 600_000
 
     def run(self, graph: Graph) -> Graph:
         counts = {n.name: self.blocks(n) for n in graph if n.op == "fused"}
         new = reordered(graph, _order(graph, counts))
+        groups = _groups(new, counts)
         new.annotations["groups"] = tuple(
-            (self._shares(new, *group), group[1]) for group in _groups(new, counts)
+            (self._shares(new, blocks, names), names) for blocks, names in groups
         )
-        note(
-            new,
-            f"{sum(len(names) for _, names in groups)} kernels run block by block",
-        )
+        note(new, f"{sum(len(names) for _, names in groups)} kernels run block by block")
         return new
 
     def _shares(self, graph: Graph, blocks: int, names: tuple[str, ...]) -> int:

@@ -96,12 +96,29 @@ class _Sweep:
             self.uses[result] += self.readers[old]
         return values
 
-    def emit(self, graph, node, op, inputs, attrs, depth) -> Value:
+    def emit(
+        self,
+        graph: Graph,
+        node: Node,
+        op: str,
+        inputs: tuple[Value, ...],
+        attrs: dict[str, Any],
+        depth: int,
+    ) -> Value:
         types = tuple(registry.get(op).infer([v.type for v in inputs], attrs))
         value = self.rewritten(graph, node, op, inputs, attrs, types[0], depth)
         return graph.add(op, inputs, attrs, name=node.name)[0] if value is None else value
 
-    def rewritten(self, graph, node, op, inputs, attrs, kind, depth) -> Value | None:
+    def rewritten(
+        self,
+        graph: Graph,
+        node: Node,
+        op: str,
+        inputs: tuple[Value, ...],
+        attrs: dict[str, Any],
+        kind: TensorType,
+        depth: int,
+    ) -> Value | None:
         if depth > _DEPTH:
             return None
         match = Match(self, graph, node, op, inputs, attrs, kind, depth)

@@ -22,7 +22,7 @@ class SetMode(Pass):
     seed: int = 0
 
     def run(self, graph: Graph) -> Graph:
-        def visit(new: Graph, node: Node, inputs: tuple[Value, ...]):
+        def visit(new: Graph, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...] | None:
             attrs = self._resolved(node)
             if node.op == "dropout" and not attrs["training"]:
                 return (inputs[0],)

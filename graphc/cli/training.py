@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -111,17 +112,14 @@ def augmentation(name: str) -> data.Augment:
 
 
 def _compile(options: Options, graph, optimizer, console: Console):
-    common = {"target": options.target, "threads": options.threads, "seed": options.seed}
-    began = time.perf_counter()
-    train = gc.compile(
-        graph,
-        outputs=["loss", "logits"],
-        dims={"N": options.batch},
-        loss="loss",
-        optimizer=optimizer,
-        **common,
+    compiled = functools.partial(
+        gc.compile, graph, target=options.target, threads=options.threads, seed=options.seed
     )
-    infer = gc.compile(graph, outputs=["logits"], dims={"N": _EVALUATION_BATCH}, **common)
+    began = time.perf_counter()
+    train = compiled(
+        outputs=["loss", "logits"], dims={"N": options.batch}, loss="loss", optimizer=optimizer
+    )
+    infer = compiled(outputs=["logits"], dims={"N": _EVALUATION_BATCH})
     seconds = time.perf_counter() - began
     console.print(
         f"compiled {options.model} for training in batches of {options.batch} and for inference "

@@ -42,7 +42,7 @@ class _KernelEmitter(ReductionEmitter):
             # All values before the first store: a result may lie in an operand's memory.
             values = [self.emit(s.expr, scope) for s in stores]
             for store, value in zip(stores, values, strict=True):
-                self.store(store.access, store.expr, value, scope)
+                self.store(store.access, value, scope)
             self.close(scope, body)
         self.close(body, root)
         return self.finish(root)
@@ -134,7 +134,7 @@ class _KernelEmitter(ReductionEmitter):
     def _outer_loop(self, scope: Scope, loop: str) -> Scope:
         inner = Scope(scope, scope.bound | {loop}, scope.depth + 1)
         variable = loop if self.tile.get(loop, 1) == 1 else f"u_{loop}"
-        scope_header = f"for {variable} in range({self._bound(loop) if variable == loop else self.trips(loop)}):"
-        inner.lines.append("    " * scope.depth + scope_header)
+        bound = self._bound(loop) if variable == loop else self.trips(loop)
+        inner.lines.append("    " * scope.depth + f"for {variable} in range({bound}):")
         self.start_loop(inner, loop, variable)
         return inner

@@ -11,11 +11,12 @@ import itertools
 import math
 from dataclasses import dataclass, field
 
-from graphc.codegen.kernel import Access, Kernel, Schedule
+from graphc.codegen.kernel import Access, Kernel, Loop, Schedule
 from graphc.expr import Expr, Index
 
 # Loops this short are written with a constant bound, so that LLVM may unroll them.
 _UNROLL = 8
+_NOT_FINITE = {"nan": 'float("nan")', "inf": 'float("inf")', "minus_inf": '-float("inf")'}
 
 
 @dataclass
@@ -55,6 +56,12 @@ class Emitter:
         self.clipped: set[tuple[int, int]] = set()
         self.guard = ""
 
+    @property
+    def lane_loop(self) -> Loop:
+        """The loop whose positions are the lanes; vector code only."""
+        assert self.lane is not None, f"{self.kernel.name} is scalar code"
+        return self.kernel.loops[self.lane]
+
     # ---- names and arguments
 
     def fresh(self, base: str) -> str:
@@ -76,7 +83,7 @@ class Emitter:
 
     def extent(self, loop: str) -> str:
         size = self.kernel.loops[loop].extent
-        if loop[0] in "rc" and size <= _UNROLL and not loop.endswith("b"):
+        if loop[0] == "r" and size <= _UNROLL and not loop.endswith("b"):
             return str(size)
         return self.number(("extent", loop), f"n_{loop}_", size)
 
@@ -92,12 +99,20 @@ class Emitter:
         """Iterations of a plain loop; a ragged one is cut short in its last block."""
         info = self.kernel.loops[loop]
         if info.ragged:
-            total = self.number(("total", loop), f"n_{info.block}_all", info.total)
+            total = self.total(info)
             return f"min({info.extent}, {total} - {info.block} * {info.extent})"
         return self.extent(loop)
 
+    def total(self, loop: Loop) -> str:
+        """Elements of a ragged loop in all its blocks."""
+        assert loop.total is not None, f"{self.kernel.name}: loop {loop.name} is not ragged"
+        return self.number(("total", loop.name), f"n_{loop.block}_all", loop.total)
+
     def open_loops(
-        self, scope: Scope, loops: list[str], clips: dict[str, list[str]] | None = None
+        self,
+        scope: Scope,
+        loops: list[str],
+        clips: dict[str, list[tuple[str, str]]] | None = None,
     ) -> Scope:
         for loop in loops:
             inner = Scope(scope, scope.bound | {loop}, scope.depth + 1)
@@ -116,8 +131,10 @@ class Emitter:
     def close(self, scope: Scope, until: Scope) -> None:
         """Append finished inner scopes to the scopes around them."""
         while scope is not until:
-            scope.parent.lines += scope.lines
-            scope = scope.parent
+            parent = scope.parent
+            assert parent is not None, "`until` is not around `scope`"
+            parent.lines += scope.lines
+            scope = parent
 
     # ---- expressions
 
@@ -145,8 +162,10 @@ class Emitter:
         home = self.home(self.kernel.free(expr), scope)
         if self.guard:
             home = scope
-        method = getattr(self, f"_emit_{expr.op}", self._emit_call)
-        value = method(expr, home, splat) if expr.op == "load" else method(expr, home)
+        if expr.op == "load":
+            value = self._emit_load(expr, home, splat)
+        else:
+            value = getattr(self, f"_emit_{expr.op}", self._emit_call)(expr, home)
         home.values[key] = value
         return value
 
@@ -161,19 +180,10 @@ class Emitter:
             return Var(str(bool(value)), ())
         if expr.dtype.startswith("float"):
             value = float(value)
-            text = (
-                repr(value)
-                if math.isfinite(value)
-                else f"v.{'nan' if math.isnan(value) else 'inf'}"
-            )
-            if value == -math.inf:
-                text = "-v.inf"
-            if not math.isfinite(value):
-                text = {
-                    "v.nan": self.factory("nan", 'float("nan")'),
-                    "v.inf": self.factory("inf", 'float("inf")'),
-                }.get(text, self.factory("minus_inf", '-float("inf")'))
-            return Var(text, ())
+            if math.isfinite(value):
+                return Var(repr(value), ())
+            name = "nan" if math.isnan(value) else "inf" if value > 0 else "minus_inf"
+            return Var(self.factory(name, _NOT_FINITE[name]), ())
         return Var(str(int(value)), ())
 
     def _emit_call(self, expr: Expr, scope: Scope) -> Var:
@@ -230,7 +240,7 @@ class Emitter:
         return self.pointers[access.buffer]
 
     def address(self, access: Access, scope: Scope) -> str:
-        """Element offset of an access without its lane and unrolled parts, built up loop by loop."""
+        """Element offset of an access without its lane and unrolled parts, built loop by loop."""
         terms = {n: s for n, s in access.strides if n != self.lane and not self._unrolled(n)}
         home = self.home(frozenset(terms), scope)
         inherited = home.parent.bound if home.parent else frozenset()
@@ -264,21 +274,23 @@ class Emitter:
 
     def _memory(
         self, access: Access, axes: tuple[str, ...], vector: bool, scope: Scope, splat: bool = False
-    ):
-        """(kind, address, strides, extra arguments) of a load or store."""
+    ) -> tuple[str, str, str, tuple[int | None, ...], list[str]]:
+        """Of a load or store: kind, address, strides, strides known to the code, more arguments."""
         address = self.address(access, scope)
         if self.guard:
             safe = self.fresh("safe")
             scope.add(f"{safe} = {address} if {self.guard} else 0")
             address = safe
+        extra: list[str] = []
         if not vector:
-            kind, extra = ("splat" if splat and self.lane else "scalar"), []
+            kind = "splat" if splat and self.lane else "scalar"
         else:
-            stride = access.stride(self.lane)
-            kind, extra = (
-                ("vector", []) if stride == 1 else ("strided", [self.stride(access, self.lane)])
-            )
-            if self.kernel.loops[self.lane].ragged and access.padded != self.lane:
+            lane = self.lane_loop
+            kind = "vector"
+            if access.stride(lane.name) != 1:
+                kind = "strided"
+                extra.append(self.stride(access, lane.name))
+            if lane.ragged and access.padded != lane.name:
                 kind += "_tail"
                 extra.append(self.tail(scope))
         strides = [self.stride(access, n) for n in axes]
@@ -287,13 +299,14 @@ class Emitter:
 
     def tail(self, scope: Scope) -> str:
         """How many lanes of the current vector hold elements."""
-        info = self.kernel.loops[self.lane]
+        info = self.lane_loop
+        assert info.block is not None, f"{self.kernel.name}: lane {info.name} has no blocks"
         home = self.home(frozenset({info.block}), scope)
         key = ("tail",)
         for known in scope.chain():
             if key in known.addresses:
                 return known.addresses[key]
-        total = self.number(("total", self.lane), f"n_{info.block}_all", info.total)
+        total = self.total(info)
         home.add(f"tail = {total} - {info.block} * {info.extent}")
         home.addresses[key] = "tail"
         return "tail"
@@ -325,9 +338,9 @@ class Emitter:
             scope, pointer, f"{name}({', '.join([pointer, address, strides, *extra])})", axes
         )
 
-    def store(self, access: Access, expr: Expr, value: Var, scope: Scope) -> None:
+    def store(self, access: Access, value: Var, scope: Scope) -> None:
         axes = tuple(n for n in self.tile if access.stride(n) or n in value.axes)
-        vector = bool(self.lane) and access.stride(self.lane) != 0
+        vector = access.stride(self.lane) != 0
         kind, address, strides, fixed, extra = self._memory(access, axes, vector, scope)
         pointer = self.pointer(access)
         if not axes:
@@ -355,13 +368,17 @@ class Emitter:
 
     def _ends_within(self, kind: str, axes: tuple[str, ...]) -> bool:
         """Whether the vectors of one tile have tails of different lengths."""
-        return kind == "vector_tail" and self.kernel.loops[self.lane].block in axes
+        if kind != "vector_tail":
+            return False
+        block = self.lane_loop.block
+        return block is not None and block in axes
 
     def _tails(
         self, access: Access, axes: tuple[str, ...], address: str, tail: str
     ) -> list[tuple[str, str]]:
         """Address and number of elements of each vector of a tile that runs over the ragged end."""
-        block = self.kernel.loops[self.lane].block
+        block = self.lane_loop.block
+        assert block is not None
         result = []
         for digits in self._digits(axes):
             steps = [f" + {d} * {self.stride(access, n)}" for n, d in digits.items() if d]
@@ -371,7 +388,7 @@ class Emitter:
 
     # ---- positions and bounds
 
-    def integer(self, index: Index, scope: Scope) -> str:
+    def integer(self, index: Index) -> str:
         """A loop-variable expression for the part of an index that is known as plain integers."""
         parts = [
             n if c == 1 else f"{n} * {c}"
@@ -386,7 +403,7 @@ class Emitter:
         index: Index = expr.attributes["index"]
         cast = self.factory("to_int32", 'v.cast("int32")')
         terms, axes = dict(index.terms), self.axes(expr)
-        base = self.integer(index, scope)
+        base = self.integer(index)
         if axes:
             counts = self._counts(axes)
             offsets = []
@@ -401,10 +418,11 @@ class Emitter:
             text = f"{cast}(({', '.join(f'{base_name} + {o}' for o in offsets)},))"
         else:
             text = f"{cast}({base})"
-        if terms.get(self.lane):
+        step = terms.get(self.lane, 0) if self.lane else 0
+        if step:
             add, mul = self.factory("add", "v.add"), self.factory("mul", "v.mul")
             lane = self.factory("lane_index", "v.lane_index")
-            text = f"{add}({mul}({lane}(), {terms[self.lane]}), {text})"
+            text = f"{add}({mul}({lane}(), {step}), {text})"
         return self._assign(scope, "position", text, axes)
 
     def _emit_within(self, expr: Expr, scope: Scope) -> Var:
@@ -413,7 +431,7 @@ class Emitter:
             if (id(expr), number) in self.clipped:
                 continue
             name = self.fresh("at")
-            scope.add(f"{name} = {self.integer(index, scope)}")
+            scope.add(f"{name} = {self.integer(index)}")
             conditions.append(f"0 <= {name} < {extent}" if extent != 1 else f"{name} == 0")
         if not conditions:
             return self.emit(expr.args[0], scope)

@@ -9,6 +9,7 @@ between threads is the `Schedule`, chosen afterwards from the same loops.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from graphc.expr import Expr, Index
@@ -39,8 +40,9 @@ class Access:
     strides: tuple[tuple[str, int], ...]
     padded: str | None = None
 
-    def stride(self, loop: str) -> int:
-        return dict(self.strides).get(loop, 0)
+    def stride(self, loop: str | None) -> int:
+        """Elements from one iteration of `loop` to the next; 0 if it is not among the loops."""
+        return next((stride for name, stride in self.strides if name == loop), 0)
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ class Kernel:
             visit(store.expr)
         return list(seen.values())
 
-    def trips(self, loops) -> int:
+    def trips(self, loops: Iterable[str]) -> int:
+        """How many times nested `loops` run their body."""
         return math.prod(self.loops[n].extent for n in loops)
 
     def substitute(self, parts: dict[str, tuple[tuple[str, int], ...]]) -> None:

@@ -1,24 +1,30 @@
-"""Lower a fused region of the graph to a loop-level kernel by pulling scalar expressions through it.
+"""Lower a fused region to a loop-level kernel by pulling scalar expressions through it.
 
-Every operator's `lower` rule says what one element of its output is. Starting from the region's results
-and following reads backwards gives one expression per result; operands of the region end as loads of
-affine addresses. Where an axis must be cut in two (a blocked layout, a reshape, a pooling window, groups)
-the loop over it is split and the pull starts again: indices stay affine throughout.
+Every operator's `lower` rule says what one element of its output is. Starting from the region's
+results and following reads backwards gives one expression per result; operands of the region end as
+loads of affine addresses. Where an axis must be cut in two (a blocked layout, a reshape, a pooling
+window, groups) the loop over it is split and the pull starts again: indices stay affine throughout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 from graphc import errors
 from graphc.codegen.kernel import Access, Buffer, Kernel, Loop, Store
 from graphc.expr import Expr, Index, reduce
-from graphc.ir import Graph, Layout, Node, Value
+from graphc.ir import Graph, Node, Value
 from graphc.ops.registry import get
 
 
 class CannotLower(errors.CompileError):
     """The region has an index that is not affine in any split of its loops."""
+
+
+def _loop_names(extent: int) -> Iterator[str]:
+    """Names for reductions over an extent: equal extents share names, so they may share loops."""
+    return (f"r{extent}_{number}" for number in itertools.count())
 
 
 class _Split(Exception):
@@ -29,8 +35,8 @@ class _Split(Exception):
 def lower_region(name: str, body: Graph, outer: tuple[int, ...] | None = None) -> Kernel:
     """Lower `body` (inputs operand0.., outputs result0..) to a kernel.
 
-    `outer`: the shape that the outer loops run over, 1 where results have loops of their own (by default
-    the shape of the first result). Raises CannotLower."""
+    `outer`: the shape that the outer loops run over, 1 where results have loops of their own (by
+    default the shape of the first result). Raises CannotLower."""
     splits: dict[str, int] = {}
     for _ in range(64):
         try:
@@ -43,8 +49,8 @@ def lower_region(name: str, body: Graph, outer: tuple[int, ...] | None = None) -
 
 
 def _canonical(kernel: Kernel) -> Kernel:
-    """Number the reduction and inner loops, so that names do not depend on sizes: kernels are shared."""
-    bases = dict.fromkeys(n.rstrip("bl") for n in kernel.loops if n[0] in "rc")
+    """Number the reduction and inner loops: kernels are shared if names do not depend on sizes."""
+    bases = dict.fromkeys(n.rstrip("bl") for n in kernel.loops if n[0] == "r")
     fresh = {base: f"{base[0]}{i}" for i, base in enumerate(bases)}
 
     def rename(name: str) -> str:
@@ -104,11 +110,14 @@ class _Pull:
             outer_loops += self.parts(name)
         stores = []
         for number, value in enumerate(self.results):
-            position, inner = list(index), []
-            for axis, extent in enumerate(value.shape):
+            position, inner, named = list(index), [], []
+            for axis, extent in enumerate(value.sizes):
                 if extent != outer[axis]:
-                    name = f"c{axis}"
-                    position[axis] = self.loop(name, int(extent))
+                    # Named as reductions name theirs: what runs over an axis after its reduction
+                    # (softmax) then has the same lanes.
+                    name = next(n for n in _loop_names(extent) if n not in named)
+                    named.append(name)
+                    position[axis] = self.loop(name, extent)
                     inner += self.parts(name)
             expr = self.pull(value, tuple(position))
             access = self.address(len(self.operands) + number, value, tuple(position))
@@ -147,7 +156,8 @@ class _Pull:
     def divmod(self, index: Index, divisor: int) -> tuple[Index, Index]:
         if divisor == 1:
             return index, Index()
-        quotient, remainder = [], []
+        quotient: list[tuple[str, int]] = []
+        remainder: list[tuple[str, int]] = []
         for loop, coefficient in index.terms:
             (remainder if coefficient % divisor else quotient).append((loop, coefficient))
         low = index.constant % divisor
@@ -160,12 +170,7 @@ class _Pull:
         for loop, coefficient in remainder:
             if 0 < coefficient < divisor and divisor % coefficient == 0:
                 factor = divisor // coefficient
-                if (
-                    self.loops[loop].extent > factor
-                    or low == 0
-                    and len(remainder) == 1
-                    and self.loops[loop].extent > factor
-                ):
+                if self.loops[loop].extent > factor:
                     raise _Split(loop, factor)
         raise CannotLower(f"{self.name}: index {index} divided by {divisor} is not affine")
 
@@ -185,7 +190,8 @@ class _Pull:
             elif node.op == "constant":
                 if value.type.size != 1:
                     raise CannotLower(
-                        f"{node.describe()}: a constant of {value.type} must be an operand of the region"
+                        f"{node.describe()}: a constant of {value.type} must be an operand of "
+                        f"the region"
                     )
                 self.memo[key] = Expr(
                     "constant", (), value.dtype, {"value": node.attrs["value"].item()}
@@ -195,8 +201,9 @@ class _Pull:
                 if rule is None:
                     operands = ", ".join(f"{v.name!r} {v.type}" for v in node.inputs)
                     raise CannotLower(
-                        f"{node.describe()}: operator {node.op!r} has no lowering for the CPU; give its OpDef "
-                        f"a lower or a decompose rule, or use target='interpret' (operands: {operands})"
+                        f"{node.describe()}: operator {node.op!r} has no lowering for the CPU; "
+                        f"give its OpDef a lower or a decompose rule, or use target='interpret' "
+                        f"(operands: {operands})"
                     )
                 self.memo[key] = self.without_idle_bounds(
                     rule(_Rule(self, node, index), node, value.index, index)
@@ -223,6 +230,9 @@ class _Pull:
             return expr
         bounds = tuple((i, n) for i, n in expr.attributes["bounds"] if not self.always_within(i, n))
         inside = self.without_idle_bounds(expr.args[0])
+        if bounds == expr.attributes["bounds"] and inside is expr.args[0]:
+            # The same object: a value with two uses stays one.
+            return expr
         return (
             Expr("within", (inside, expr.args[1]), expr.dtype, {"bounds": bounds})
             if bounds
@@ -238,10 +248,9 @@ class _Pull:
         return 0 <= low and high < extent
 
     def address(self, buffer: int, value: Value, index: tuple[Index, ...]) -> Access:
-        shape = tuple(int(d) for d in value.shape)
-        layout: Layout = value.layout
-        total, padded = Index(), None
-        for axis, (position, stride) in enumerate(zip(index, layout.strides(shape), strict=True)):
+        layout, total, padded = value.layout, Index(), None
+        strides = layout.strides(value.sizes)
+        for axis, (position, stride) in enumerate(zip(index, strides, strict=True)):
             if axis == layout.lane_axis:
                 block, lane = self.divmod(position, layout.lanes)
                 total = total + block * stride + lane
@@ -267,19 +276,16 @@ class _Rule:
         return self._pull.divmod(Index.lift(index), divisor)
 
     def reduce(self, combine: str, extents: Sequence[int], body: Callable[..., Expr]) -> Expr:
-        # Reductions over equal extents get the same loop names, so that they can share one loop; a name
-        # that the element's own index uses already would be captured, and gets another number.
+        # Reductions over equal extents get the same loop names, so that they can share one loop; a
+        # name that the element's own index uses already would be captured, and gets another number.
         pull, names, indices = self._pull, [], []
         used: set[str] = set()
         for extent in extents:
-            number = 0
-            while True:
-                name = f"r{extent}_{number}"
+            for name in _loop_names(int(extent)):
                 parts = {p for p in pull.loops if p == name or p.rstrip("bl") == name}
                 taken = self._taken | self._open
                 if name not in used and not parts & taken and name not in taken:
                     break
-                number += 1
             used.add(name)
             names.append(name)
             indices.append(pull.loop(name, int(extent)))

@@ -31,8 +31,8 @@ def lower_node(node: Node) -> Kernel:
 
     Raises CannotLower."""
     body: Graph = node.attrs["body"]
-    for value, operand in zip(body.inputs.values(), node.inputs, strict=True):
-        value.layouts = (operand.layout,)
+    for source, operand in zip(body.inputs.values(), node.inputs, strict=True):
+        source.layouts = (operand.layout,)
     for value, layout in zip(body.outputs.values(), node.layouts, strict=True):
         layouts = list(value.node.layouts)
         layouts[value.index] = layout
@@ -140,7 +140,7 @@ def blocks(node: Node) -> int | None:
         steps = {n: s * (kernel.loops[n].extent - 1) for n, s in access.strides if n != loop}
         low = access.offset + sum(s for s in steps.values() if s < 0)
         high = access.offset + sum(s for s in steps.values() if s > 0)
-        stride = value.layout.strides(value.shape)[0]
+        stride = value.layout.strides(value.sizes)[0]
         if access.stride(loop) != stride:
             return None
         # Behind a bounds check an access may start in another block, which padding makes it do, but

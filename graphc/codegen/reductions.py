@@ -1,4 +1,7 @@
-"""Emit reductions: loops that carry accumulators, register tiles that fold, bounds that become limits."""
+"""Emit reductions.
+
+Loops that carry accumulators, register tiles that fold, bounds that become limits.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ class ReductionEmitter(Emitter):
         accumulators = []
         for member in group:
             accumulators.append(self._start(member, scope))
-        inner = self.open_loops(scope, plain, self._clips(group, loops, scope))
+        inner = self.open_loops(scope, plain, self._clips(group, loops))
         for member, names in zip(group, accumulators, strict=True):
             self._accumulate(member, names, inner)
         self.close(inner, scope)
@@ -99,34 +102,34 @@ class ReductionEmitter(Emitter):
             self._product(body) if combine == "sum" and body.dtype.startswith("float") else None
         )
         if product:
-            # The factor that does not vary over lanes is loaded as a splat: one instruction with memory operand.
+            # The factor that does not vary over lanes is loaded as a splat: one instruction with a
+            # memory operand.
             left, right = (
                 self.emit(f, scope, splat=self.lane in self.kernel.free(body)) for f in product
             )
             if axes:
-                a = self._operand(left, axes, scope)
-                b = self._operand(right, axes, scope)
+                a = self._operand(left, axes)
+                b = self._operand(right, axes)
                 fma = self.factory(f"fma_{len(a[1])}", f"v.tile_fma({a[1]}, {b[1]})")
                 update = f"{fma}({names[0].name}, {a[0]}, {b[0]})"
-                update = self._masked(update, names[0].name, scope, body)
-                scope.add(f"{names[0].name} = {update}")
             else:
                 fma = self.factory("fma", "v.fma")
-                value = self._masked(
-                    f"{fma}({left.name}, {right.name}, {names[0].name})", names[0].name, scope, body
-                )
-                scope.add(f"{names[0].name} = {value}")
+                update = f"{fma}({left.name}, {right.name}, {names[0].name})"
+            update = self._masked(update, names[0].name, scope, body)
+            scope.add(f"{names[0].name} = {update}")
             return
         value = self.emit(body, scope)
         text = self.spread(value, axes, scope)
         if combine == "argmax":
-            position = self._argmax_position(expr, scope)
+            position = self._argmax_position(expr)
             better = self._assign(
                 scope, "better", f"{self.factory('gt', 'v.gt')}({text}, {names[0].name})", axes
             )
             select = self.factory("select", "v.select")
-            # A first NaN wins and stays: it is better than any number, and nothing is better than it.
-            isnan = f"{self.factory('and_', 'v.and_')}({self.factory('ne', 'v.ne')}({text}, {text}), {self.factory('eq', 'v.eq')}({names[0].name}, {names[0].name}))"
+            # A first NaN wins and stays: it is better than any number, nothing is better than it.
+            and_, ne = self.factory("and_", "v.and_"), self.factory("ne", "v.ne")
+            eq, best = self.factory("eq", "v.eq"), names[0].name
+            isnan = f"{and_}({ne}({text}, {text}), {eq}({best}, {best}))"
             first = f"{self.factory('lt', 'v.lt')}({names[1].name}, 0)"
             or_ = self.factory("or_", "v.or_")
             win = self._assign(scope, "win", f"{or_}({or_}({better.name}, {isnan}), {first})", axes)
@@ -156,30 +159,29 @@ class ReductionEmitter(Emitter):
         return self.lane is not None and self.lane not in self.kernel.outer
 
     def _product(self, body: Expr) -> tuple[Expr, Expr] | None:
-        """The two factors of a body that is one product, a bounds check that loops were cut to apart."""
+        """The two factors of a body that is one product; None if it is not.
+
+        The product may stand in a bounds check that loops were cut to."""
         while body.op == "within" and all(
             (id(body), i) in self.clipped for i in range(len(body.attributes["bounds"]))
         ):
             body = body.args[0]
-        if body.op != "mul" or not (self.axes(body) or not self._lane_is_reduced or True):
-            return None
-        return body.args[0], body.args[1]
+        return (body.args[0], body.args[1]) if body.op == "mul" else None
 
-    def _operand(
-        self, value: Var, axes: tuple[str, ...], scope: Scope
-    ) -> tuple[str, tuple[int, ...]]:
+    def _operand(self, value: Var, axes: tuple[str, ...]) -> tuple[str, tuple[int, ...]]:
+        """A factor as a tile, and for each element over `axes` its element in it."""
         if not value.axes:
             one = self.factory("full_1", "v.full(1)")
             return f"{one}({value.name})", (0,) * math.prod(self._counts(axes))
         return value.name, self._positions(axes, value.axes)
 
-    def _argmax_position(self, expr: Expr, scope: Scope) -> str:
+    def _argmax_position(self, expr: Expr) -> str:
         index, stride = Index(), 1
         for name in reversed(expr.attributes["loops"]):
             index = index + Index.of(name) * stride
             stride *= self.kernel.loops[name].extent
         cast = self.factory("to_int32", 'v.cast("int32")')
-        return f"{cast}({self.integer(index, scope)})"
+        return f"{cast}({self.integer(index)})"
 
     def _finish_reduce(self, expr: Expr, names: list[Var], scope: Scope) -> Var:
         combine = expr.attributes["combine"]
@@ -216,28 +218,34 @@ class ReductionEmitter(Emitter):
         return result
 
     def _whole(self, loop: str) -> bool:
-        """Whether one tile covers a loop, so that positions in the tile are positions of the loop."""
+        """Whether one tile covers a loop: positions in the tile are then positions of the loop."""
         return self.tile.get(loop) == self.kernel.loops[loop].extent
 
     def _linear(self, expr: Expr, matrix: Expr, other: Expr, scope: Scope) -> Var:
-        """A sum over tile axes of products with a constant matrix: its entries are written into the code."""
+        """A sum over tile axes of products with a constant matrix.
+
+        The matrix's entries are written into the code."""
         value, axes = self.emit(other, scope), self.axes(expr)
         access, data = matrix.attributes["access"], matrix.attributes["known"].reshape(-1)
+        # Over loops that the other factor does not depend on, the matrix alone is summed.
+        alone = tuple(n for n in expr.attributes["loops"] if n not in value.axes)
         rows = []
         for out in self._digits(axes):
             row = []
             for element in self._digits(value.axes):
                 meets = all(element[n] == out[n] for n in value.axes if n in out)
-                place = {**out, **element}
-                at = access.offset + sum(s * place[n] for n, s in access.strides)
-                row.append(float(data[at]) if meets else 0.0)
+                places = [{**out, **element, **rest} for rest in self._digits(alone)]
+                at = [access.offset + sum(s * p[n] for n, s in access.strides) for p in places]
+                row.append(float(data[at].sum()) if meets else 0.0)
             rows.append(tuple(row))
         name = self.factory("linear", f"v.tile_linear({tuple(rows)})")
-        return self._assign(scope, "sum", f"{name}({value.name})", axes)
+        return self._assign(scope, "sum", f"{name}({self._tile_of(value)})", axes)
 
-    def _clips(
-        self, group: list[Expr], loops: tuple[str, ...], scope: Scope
-    ) -> dict[str, list[tuple[str, str]]]:
+    def _tile_of(self, value: Var) -> str:
+        """A value as a tile, of one element if it has no axes."""
+        return value.name if value.axes else f"{self.factory('full_1', 'v.full(1)')}({value.name})"
+
+    def _clips(self, group: list[Expr], loops: tuple[str, ...]) -> dict[str, list[tuple[str, str]]]:
         """Turn bounds checks that cannot add to the result into loop limits."""
         if len(group) > 1:
             return {}
@@ -250,7 +258,7 @@ class ReductionEmitter(Emitter):
                 loop = inner[-1]
                 coefficient = dict(index.terms)[loop]
                 rest = Index(tuple((n, c) for n, c in index.terms if n != loop), index.constant)
-                text = f"({self.integer(rest, scope)})"
+                text = f"({self.integer(rest)})"
                 if coefficient > 0:
                     low = f"-({text} // {coefficient})"
                     high = f"({extent - 1} - {text}) // {coefficient} + 1"
@@ -276,7 +284,9 @@ def _reduces_below(expr: Expr) -> frozenset[int]:
 
 
 def known_factor(body: Expr) -> tuple[Expr, Expr] | None:
-    """(constant matrix, other factor) of a product in which the compiler knows one operand's contents."""
+    """(constant matrix, other factor) of a product.
+
+    None unless the compiler knows one operand's contents."""
     if body.op != "mul":
         return None
     for matrix, other in (body.args, body.args[::-1]):

@@ -121,7 +121,12 @@ def _choose_lane(kernel: Kernel, lanes: int, fixed: set[str]) -> str | None:
         return blocked[0] if blocked[0] not in fixed else None
     accesses = [e.attributes["access"] for e in loads(kernel)] + [s.access for s in kernel.stores]
     argmax = _in_argmax(kernel)
-    best, best_cost = None, sum(kernel.trips(n for n, _ in a.strides) for a in accesses)
+    main = _main_reduction(kernel)
+    over = kernel.free(main.args[0]) if main else frozenset()
+    # Multiply-adds, two a cycle: only lanes make them fewer.
+    work = kernel.trips(over) / 2 if main else 0.0
+    best: str | None = None
+    best_cost = work + sum(kernel.trips(n for n, _ in a.strides) for a in accesses)
     for loop in kernel.loops.values():
         if loop.name in fixed or loop.name in argmax or loop.extent < 2:
             continue
@@ -130,6 +135,7 @@ def _choose_lane(kernel: Kernel, lanes: int, fixed: set[str]) -> str | None:
         if any(loop.name == other.block and other.ragged for other in kernel.loops.values()):
             continue
         cost = _lane_cost(kernel, loop, accesses, lanes)
+        cost += work * math.ceil(loop.extent / lanes) / loop.extent if loop.name in over else work
         if cost < best_cost:
             best, best_cost = loop.name, cost
     if best is None:
@@ -145,8 +151,9 @@ def _lane_cost(kernel: Kernel, loop: Loop, accesses: list[Access], lanes: int) -
         stride = access.stride(loop.name)
         cost += trips if stride == 0 else trips * vectors * (1.0 if stride == 1 else 1.5 * lanes)
     if loop.name not in kernel.outer:
-        stored = sum(kernel.trips(n for n, _ in s.access.strides) for s in kernel.stores)
-        cost += 4.0 * stored
+        # Lanes are folded once for each element that does not run over them.
+        folded = [s for s in kernel.stores if not s.access.stride(loop.name)]
+        cost += sum(4.0 * kernel.trips(n for n, _ in s.access.strides) for s in folded)
     return cost
 
 
@@ -158,7 +165,6 @@ def split_lane(kernel: Kernel, name: str, lanes: int) -> str:
     block, lane = f"{name}b", f"{name}l"
     kernel.loops[block] = Loop(block, -(-loop.extent // lanes))
     kernel.loops[lane] = Loop(lane, lanes, block, loop.extent if loop.extent % lanes else None)
-
     kernel.substitute({name: ((block, lanes), (lane, 1))})
     return lane
 
@@ -176,11 +182,12 @@ def _main_reduction(kernel: Kernel) -> Expr | None:
     return max(found, key=lambda e: kernel.trips(kernel.free(e.args[0])), default=None)
 
 
-def _factors(reduction: Expr) -> tuple[Expr, Expr] | None:
+def _factors(reduction: Expr) -> tuple[Expr, ...]:
+    """The two factors of a reduction's body; empty if it is not a product."""
     body = reduction.args[0]
     while body.op == "within":
         body = body.args[0]
-    return (body.args[0], body.args[1]) if body.op == "mul" else None
+    return body.args if body.op == "mul" else ()
 
 
 def _windows(kernel: Kernel, main: Expr) -> tuple[str, ...]:
@@ -208,6 +215,7 @@ def _choose_tile(
         return ()
     if main is None:
         return _unrolled(kernel, lane, fixed, limits)
+    operands = [_operand(factor) for factor in _factors(main)]
     used = kernel.free(main)
     windows = _windows(kernel, main)
     if any(n in fixed or kernel.loops[n].ragged for n in windows):
@@ -227,9 +235,9 @@ def _choose_tile(
     ]
     # Blocks of ragged lanes may be unrolled where the inner loop reads a padded layout and so
     # needs no tails.
-    if lane and kernel.loops[lane].ragged and kernel.loops[lane].block in kernel.outer:
-        block = kernel.loops[lane].block
-        accesses = [a for f in _factors(main) for a in _operand(kernel, f)]
+    block = kernel.loops[lane].block if lane and kernel.loops[lane].ragged else None
+    if lane and block is not None and block in kernel.outer:
+        accesses = [a for operand in operands for a in operand]
         straight = all(a.stride(lane) == 1 for a in _lane_accesses(kernel, lane))
         if (
             straight
@@ -244,7 +252,7 @@ def _choose_tile(
             if math.prod(counts) * math.prod(c for _, c in base) > 32:
                 continue
             tile = [(n, chosen[n]) for n in kernel.outer if chosen.get(n, 1) > 1] + base
-            cost = _tile_cost(kernel, main, tile, lane, lanes)
+            cost = _tile_cost(kernel, main, operands, tile, lane, lanes)
             if cost < best_cost - 1e-9:
                 best, best_cost = tuple(tile), cost
     return best
@@ -317,17 +325,25 @@ def _options(kernel: Kernel, loop: str, limits: dict[str | None, int]) -> list[i
     return [c for c in _COUNTS if c <= most and (loop not in limits or most % c == 0)]
 
 
-def _tile_cost(kernel: Kernel, main: Expr, tile, lane: str | None, lanes: int) -> float:
+def _tile_cost(
+    kernel: Kernel,
+    main: Expr,
+    operands: list[list[Access]],
+    tile: list[tuple[str, int]],
+    lane: str | None,
+    lanes: int,
+) -> float:
     """Cycles per useful multiply-add, from instruction issue and what the tile reads of the caches.
 
-    One tile runs the whole reduction: `steps` times `accumulators` multiply-adds."""
+    One tile runs the whole reduction: `steps` times `accumulators` multiply-adds. `operands` are
+    the accesses behind either factor."""
     counts = dict(tile)
     registers = 32 if lanes in (4, 16) else 16
     loops = [n for n in main.attributes["loops"] if n != lane]
     steps = kernel.trips(loops)
     accumulators = math.prod(counts.values())
-    operands = [_operand(kernel, f) for f in _factors(main)]
-    loads, values, fresh, footprint, pointers = 0.0, [], 0.0, 0.0, 0.0
+    values: list[int] = []
+    loads = fresh = footprint = pointers = 0.0
     inner = next((n for n in reversed(kernel.outer) if n != lane), None)
     for accesses in operands:
         used = math.prod(c for n, c in tile if any(a.stride(n) for a in accesses))
@@ -352,7 +368,8 @@ def _tile_cost(kernel: Kernel, main: Expr, tile, lane: str | None, lanes: int) -
     need = accumulators + min(values) + (1 if max(values) > 1 else 0)
     spilled = max(0, need - registers)
     # Two loads a cycle is what the manual says; cache banks meet now and then.
-    issue = steps * (max(accumulators / 2, 0.55 * loads, 4.0) + 0.5 + 2.0 * spilled + 0.25 * pointers)
+    step_cycles = max(accumulators / 2, 0.55 * loads, 4.0) + 0.5 + 2.0 * spilled + 0.25 * pointers
+    issue = steps * step_cycles
     if footprint > _L2_BYTES:
         memory = footprint / _L3_BYTES_PER_CYCLE
     else:
@@ -373,7 +390,7 @@ _L2_BYTES_PER_CYCLE = 24.0
 _L3_BYTES_PER_CYCLE = 9.0
 
 
-def _operand(kernel: Kernel, factor: Expr) -> list[Access]:
+def _operand(factor: Expr) -> list[Access]:
     """The memory accesses behind one factor of the product."""
     found, stack = [], [factor]
     while stack:

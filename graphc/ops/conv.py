@@ -12,7 +12,7 @@ exist (Dumoulin & Visin 2016, "A guide to convolution arithmetic", section 4).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from graphc.ops.elementwise import add
 from graphc.ops.registry import Attrs, Lowering, OpDef, Sample, apply, lift, register
 from graphc.ops.shape import reshape
 from graphc.ops.window import (
+    Bounds,
+    Indices,
+    WindowAxis,
     add_windows,
     image_type,
     naming,
@@ -243,7 +246,15 @@ def _group(k: Lowering, channel: Index, per_group: int, groups: int) -> tuple[In
     return (channel, Index()) if per_group == 1 else k.divmod(channel, per_group)
 
 
-def _read_image(k: Lowering, slot: int, axes, n, channel, o, tap) -> Expr:
+def _read_image(
+    k: Lowering,
+    slot: int,
+    axes: tuple[WindowAxis, WindowAxis],
+    n: Index,
+    channel: Index,
+    o: Indices,
+    tap: Indices,
+) -> Expr:
     """Element of operand `slot` under tap (kh, kw) of window (oh, ow): 0 in the padding."""
     y, above = axes[0].input_position(o[0], tap[0])
     x, beside = axes[1].input_position(o[1], tap[1])
@@ -258,7 +269,7 @@ def _lower(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Expr:
     n, oc, oh, ow = index
     g, _oc = _group(k, oc, weight[0] // node.attrs["groups"], node.attrs["groups"])
 
-    def term(ic, kh, kw):
+    def term(ic: Index, kh: Index, kw: Index) -> Expr:
         pixel = _read_image(k, 0, axes, n, g * weight[1] + ic, (oh, ow), (kh, kw))
         return pixel * k.read(1, (oc, ic, kh, kw))
 
@@ -272,7 +283,7 @@ def _lower_input_grad(k: Lowering, node: Node, _: int, index: tuple[Index, ...])
     per_group = weight[0] // node.attrs["groups"]
     group, ic = _group(k, channel, weight[1], node.attrs["groups"])
 
-    def term(loops, o, tap, bounds):
+    def term(loops: Indices, o: Indices, tap: Indices, bounds: Bounds) -> Expr:
         oc = group * per_group + loops[0]
         product = k.read(0, (n, oc, *o)) * k.read(1, (oc, ic, *tap))
         return within(bounds, product, 0) if bounds else product
@@ -287,7 +298,7 @@ def _lower_weight_grad(k: Lowering, node: Node, _: int, index: tuple[Index, ...]
     oc, ic, kh, kw = index
     group, _oc = _group(k, oc, weight[0] // node.attrs["groups"], node.attrs["groups"])
 
-    def term(n, oh, ow):
+    def term(n: Index, oh: Index, ow: Index) -> Expr:
         pixel = _read_image(k, 0, axes, n, group * weight[1] + ic, (oh, ow), (kh, kw))
         return pixel * k.read(1, (n, oc, oh, ow))
 
@@ -314,7 +325,7 @@ _CASES = (
 )
 
 
-def _cases():
+def _cases() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, Attrs]]:
     rng = np.random.default_rng(20)
     for x_shape, w_shape, stride, padding, dilation, groups in _CASES:
         attrs = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}

@@ -7,6 +7,7 @@ arrays given beside a value become constants of its dtype.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -73,7 +74,7 @@ def _pow_exponent(a: Value, b: Value, y: Value, g: Value) -> Value:
     return where(logical_and(eq(a, 0.0), ge(b, 0.0)), 0.0, mul(g, mul(y, log(a))))
 
 
-def _pick(compare):
+def _pick(compare: Callable[[Value, Value], Value]) -> Callable[..., Value]:
     """The cotangent of the operand that `compare(a, b)` chooses."""
     return lambda a, b, y, g: where(eq(a, b), mul(g, 0.5), where(compare(a, b), g, 0.0))
 

@@ -6,7 +6,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -330,7 +330,7 @@ def _samples_probability() -> list[Sample]:
 _CLASS_SHAPES = ((3, 5), (17, 10), (2, 3, 7), (1, 4, 2, 3), (4,), (2, 1), (0, 3))
 
 
-def _labelled(low: int, excess: int):
+def _labelled(low: int, excess: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """Logits of every shape with labels in [low, classes + excess)."""
     rng = np.random.default_rng(52)
     for shape in _CLASS_SHAPES:

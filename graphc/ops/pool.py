@@ -10,7 +10,7 @@ PyTorch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ from graphc.ops.elementwise import mul
 from graphc.ops.reduce import mean
 from graphc.ops.registry import Attrs, Lowering, OpDef, Sample, apply, register
 from graphc.ops.window import (
+    Bounds,
+    Indices,
     WindowAxis,
     add_windows,
     image_type,
@@ -273,10 +275,16 @@ def _vjp_avg_grad(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Va
 
 
 def _over_taps(
-    k: Lowering, node: Node, index: tuple[Index, ...], combine: str, outside: float, body=None
+    k: Lowering,
+    node: Node,
+    index: tuple[Index, ...],
+    combine: str,
+    outside: float,
+    body: Callable[[Expr, Index, Index], Expr] | None = None,
 ) -> Expr:
-    """Fold the elements of operand 0 under one window; `body(element, kh, kw)` may change each
-    first."""
+    """Fold the elements of operand 0 under one window.
+
+    `body(element, kh, kw)` may change each first."""
     n, c, oh, ow = index
     shape, kernel = node.inputs[0].shape, node.attrs["kernel"]
     axes = window_axes(shape[2:], node.types[0].shape[2:], kernel, node.attrs)
@@ -313,7 +321,7 @@ def _lower_unpool(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> 
     n, c, ih, iw = index
     width = node.attrs["kernel"][1]
 
-    def term(loops, o, tap, bounds) -> Expr:
+    def term(_: Indices, o: Indices, tap: Indices, bounds: Bounds) -> Expr:
         window = (n, c, *o)
         here = call("eq", k.read(1, window), position(tap[0] * width + tap[1]))
         share = select(here, k.read(0, window), 0)
@@ -329,7 +337,7 @@ def _lower_avg(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Exp
 def _lower_avg_grad(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Expr:
     n, c, ih, iw = index
 
-    def term(loops, o, tap, bounds) -> Expr:
+    def term(_: Indices, o: Indices, tap: Indices, bounds: Bounds) -> Expr:
         g = k.read(0, (n, c, *o))
         return within(bounds, g, 0) if bounds else g
 
@@ -359,7 +367,7 @@ _CASES = (
 )
 
 
-def _cases(dilated: bool = True):
+def _cases(dilated: bool = True) -> Iterator[tuple[np.ndarray, np.ndarray, Attrs]]:
     rng = np.random.default_rng(30)
     for shape, kernel, stride, padding, dilation in _CASES:
         attrs: Attrs = {"kernel": kernel, "stride": stride, "padding": padding}

@@ -14,7 +14,7 @@ import numpy as np
 
 from graphc import errors
 from graphc.expr import Expr, Index
-from graphc.ir import Graph, Node, TensorType, Value, _caller
+from graphc.ir import Node, TensorType, Value, _caller
 
 Attrs = dict[str, Any]
 
@@ -132,7 +132,3 @@ def here() -> str:
     """The user's line, `lenet.py:12: `, for errors met before a node could name it."""
     origin = _caller()
     return f"{origin}: " if origin.file else ""
-
-
-def graph_of(*operands: Any) -> Graph:
-    return next(o.graph for o in operands if isinstance(o, Value))

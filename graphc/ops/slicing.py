@@ -58,7 +58,9 @@ def split(
     axis = checked_axis(x, axis, "split")
     size = x.shape[axis]
     if isinstance(size, str):
-        raise errors.ShapeError(f"{here()}split of {x.name!r} {x.type}: axis {axis} has no size yet")
+        raise errors.ShapeError(
+            f"{here()}split of {x.name!r} {x.type}: axis {axis} has no size yet"
+        )
     if isinstance(parts, int):
         if parts < 1 or size % parts:
             raise errors.ShapeError(
@@ -281,7 +283,7 @@ def _concat_infer(types: list[TensorType], attrs: Attrs) -> list[TensorType]:
     sizes = [t.shape[axis] for t in types]
     if len(sizes) > 1 and any(isinstance(d, str) for d in sizes):
         raise errors.ShapeError(f"axis {axis} of {first} has no size yet and cannot be joined")
-    total = sizes[0] if len(sizes) == 1 else builtins.sum(sizes)  # type: ignore[arg-type]
+    total = sizes[0] if len(sizes) == 1 else builtins.sum(t.sizes[axis] for t in types)
     return [TensorType((*first.shape[:axis], total, *first.shape[axis + 1 :]), dtype)]
 
 
@@ -308,7 +310,8 @@ def _concat_lower(k: Lowering, node: Node, output: int, index: tuple[Index, ...]
         local = index[axis] - int(starts[slot])
         element = k.read(slot, (*index[:axis], local, *index[axis + 1 :]))
         result = within(((local, node.inputs[slot].sizes[axis]),), element, result)
-    return result  # type: ignore[return-value]
+    assert isinstance(result, Expr)
+    return result
 
 
 def _concat_samples() -> list[Sample]:

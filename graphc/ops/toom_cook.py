@@ -17,7 +17,7 @@ channels: what belongs to one point lies together in memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import cache
 
@@ -340,7 +340,7 @@ _SHAPES = (
 )
 
 
-def _samples(first: int, second: int, height: bool = False):
+def _samples(first: int, second: int, height: bool = False) -> Callable[[], list[Sample]]:
     def make() -> list[Sample]:
         rng = np.random.default_rng(62)
         return [

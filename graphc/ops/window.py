@@ -22,6 +22,8 @@ from graphc.ops.registry import Attrs, Lowering, here
 Pair = tuple[int, int]
 Padding = tuple[Pair, Pair]
 Bound = tuple[Index, int]
+Indices = tuple[Index, ...]
+Bounds = tuple[Bound, ...]
 
 
 # ---- arguments as users write them
@@ -152,7 +154,8 @@ def windows(x: np.ndarray, kernel: Pair, stride: Pair, dilation: Pair) -> np.nda
     out = output_extents((height, width), kernel, stride, ((0, 0), (0, 0)), dilation)
     sn, sc, sh, sw = x.strides
     strides = (sn, sc, sh * dilation[0], sw * dilation[1], sh * stride[0], sw * stride[1])
-    return np.lib.stride_tricks.as_strided(x, (n, c, *kernel, *out), strides, writeable=False)  # type: ignore[arg-type]
+    shape = (n, c, *kernel, *(int(d) for d in out))
+    return np.lib.stride_tricks.as_strided(x, shape, strides, writeable=False)
 
 
 def add_windows(

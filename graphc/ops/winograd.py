@@ -161,7 +161,10 @@ def _lower_grad(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Ex
 def _samples() -> list[Sample]:
     rng = np.random.default_rng(70)
     cases = (((2, 3, 6, 6), (4, 4), 2), ((1, 2, 4, 7), (3, 4), 3), ((1, 1, 3, 3), (5, 3), 1))
-    return [Sample((rng.standard_normal(x), rng.standard_normal(m)), {"step": s}, (0,)) for x, m, s in cases]
+    return [
+        Sample((rng.standard_normal(x), rng.standard_normal(m)), {"step": s}, (0,))
+        for x, m, s in cases
+    ]
 
 
 def _samples_grad() -> list[Sample]:
@@ -183,5 +186,7 @@ def _samples_grad() -> list[Sample]:
 
 register(OpDef("patch_transform", _infer, _evaluate, _vjp, _lower, _samples))
 register(
-    OpDef("patch_transform_grad", _infer_grad, _evaluate_grad, _vjp_grad, _lower_grad, _samples_grad)
+    OpDef(
+        "patch_transform_grad", _infer_grad, _evaluate_grad, _vjp_grad, _lower_grad, _samples_grad
+    )
 )

@@ -185,7 +185,7 @@ class Executable:
         from graphc.runtime import inspect, profile
 
         inspect.require_kernels(self, "profile")
-        return profile.profile(self, {**(inputs or {}), **named}, runs)  # type: ignore[arg-type]
+        return profile.profile(self, {**(inputs or {}), **named}, runs)  # type: ignore[arg-type]  # native
 
     def _initialise(self) -> None:
         for name, node in self.state_nodes.items():
