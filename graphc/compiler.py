@@ -112,6 +112,7 @@ def compile(
                     f"memory_limit={memory_limit!r}: graph {graph.name!r} needs {least} bytes of "
                     f"activations at least ({least / 1e6:.1f} MB); use a smaller batch or raise it"
                 )
+        kernels |= cpu_target.lower_scratch(planned)
         return planned, kernels, (*records, *more, *final)
 
     if target == "interpret":

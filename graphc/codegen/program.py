@@ -70,6 +70,15 @@ def lower_graph(graph: Graph) -> dict[str, Kernel]:
     return kernels
 
 
+def lower_scratch(graph: Graph) -> dict[str, Kernel]:
+    """Kernels of the regions that use scratch memory, which the passes decide after `lower_graph`."""
+    return {
+        node.name: lower_node(node)
+        for node in graph
+        if node.op == "fused" and any(v.layout.copies for v in (*node.inputs, *node.outputs))
+    }
+
+
 def overwritable(kernel: Kernel, node: Node) -> tuple[tuple[int, int], ...]:
     """(result, operand) pairs that may share memory: each element is read before it is written, and
     only by the iteration that writes it."""
@@ -165,8 +174,6 @@ def plan_launches(
     for node in graph:
         if node.op == "fused":
             kernel, count = kernels[node.name], grouped.get(node.name, 0)
-            if any(v.layout.copies for v in (*node.inputs, *node.outputs)):
-                kernel = lower_node(node)
             block = kernel.outer[0] if count else None
             together = kernel.loops[block].extent // count if block else 1
             schedule = choose_schedule(kernel, lanes, threads, block, together)
