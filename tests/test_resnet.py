@@ -291,16 +291,19 @@ def test_compiled_logits(case):
     assert all(np.array_equal(before[n], after[n]) for n in known.statistics)
 
 
+@pytest.mark.slow
 @SMALL
 def test_compiled_gradients(case):
     assert_trains(reference(*case, clear=True), 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", (1, 3))
 def test_compiled_gradients_of_odd_batch(threads):
     assert_trains(reference("resnet20", (), 5, clear=True), 1e-3, threads=threads)
 
 
+@pytest.mark.slow
 def test_compiled_gradients_near_the_corners_of_relu():
     assert_trains(reference(*RESNET20), 5e-2)
 
@@ -370,6 +373,7 @@ def run_example(monkeypatch, capsys, *arguments: str) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_example_compares_with_torch(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     write_cifar(tmp_path, 2)
