@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from graphc.ir import Graph, Node, Value
+from graphc.ir import Graph, Node, Value, label_body
 from passes.base import Pass, note
 from passes.liveness import is_view, storage_bytes
 
@@ -43,6 +43,9 @@ class ShareScratch(Pass):
                     for member in family:
                         _set_layout(member.node, member.index, self.threads)
                     after += storage_bytes(value)
+        for node in new:
+            if node.op == "fused":
+                label_body(node)
         note(new, f"{before} bytes of values inside groups -> {after}")
         return new
 

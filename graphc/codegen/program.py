@@ -12,7 +12,7 @@ from graphc.codegen.cpu import CompiledCall, render
 from graphc.codegen.kernel import Kernel, Schedule
 from graphc.codegen.lower import CannotLower, lower_region
 from graphc.codegen.schedule import choose_schedule
-from graphc.ir import SOURCES, Graph, Node
+from graphc.ir import SOURCES, Graph, Node, label_body
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,8 @@ def lower_node(node: Node) -> Kernel:
     """The kernel of one fused region, for the layouts its operands and results have.
 
     Raises CannotLower."""
-    body: Graph = node.attrs["body"]
-    for source, operand in zip(body.inputs.values(), node.inputs, strict=True):
-        source.layouts = (operand.layout,)
-    for value, layout in zip(body.outputs.values(), node.layouts, strict=True):
-        layouts = list(value.node.layouts)
-        layouts[value.index] = layout
-        value.node.layouts = tuple(layouts)
-    return lower_region(node.name, body, node.attrs["outer"])
+    label_body(node)
+    return lower_region(node.name, node.attrs["body"], node.attrs["outer"])
 
 
 def can_lower(node: Node) -> bool:
@@ -71,7 +65,7 @@ def lower_graph(graph: Graph) -> dict[str, Kernel]:
 
 
 def lower_scratch(graph: Graph) -> dict[str, Kernel]:
-    """Kernels of the regions that use scratch memory, which the passes decide after `lower_graph`."""
+    """Kernels of the regions that use scratch memory, which passes after `lower_graph` decide."""
     return {
         node.name: lower_node(node)
         for node in graph
