@@ -668,8 +668,8 @@ class Graph:
 def label_body(node: Node) -> None:
     """Give the operands and results inside a region the layouts they have outside."""
     body: Graph = node.attrs["body"]
-    for value, operand in zip(body.inputs.values(), node.inputs, strict=True):
-        value.layouts = (operand.layout,)
+    for source, operand in zip(body.inputs.values(), node.inputs, strict=True):
+        source.layouts = (operand.layout,)
     for value, layout in zip(body.outputs.values(), node.layouts, strict=True):
         layouts = list(value.node.layouts)
         layouts[value.index] = layout
