@@ -283,7 +283,7 @@ def _concat_infer(types: list[TensorType], attrs: Attrs) -> list[TensorType]:
     sizes = [t.shape[axis] for t in types]
     if len(sizes) > 1 and any(isinstance(d, str) for d in sizes):
         raise errors.ShapeError(f"axis {axis} of {first} has no size yet and cannot be joined")
-    total = sizes[0] if len(sizes) == 1 else builtins.sum(t.sizes[axis] for t in types)
+    total = sizes[0] if len(sizes) == 1 else builtins.sum(int(d) for d in sizes)
     return [TensorType((*first.shape[:axis], total, *first.shape[axis + 1 :]), dtype)]
 
 
