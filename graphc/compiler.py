@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from graphc import errors
-from graphc.ir import Graph, Value, _caller, called_from
+from graphc.ir import Graph, Value, called_from, caller
 from graphc.optim import Optimizer
 from graphc.runtime.executable import Executable, InterpretedExecutable
 from passes.assign_layouts import AssignLayouts
@@ -80,7 +80,7 @@ def compile(
 
         cores = threads or available_cores()
 
-    @called_from(_caller())
+    @called_from(caller())
     def shaped(
         observer: Observer | None = None,
     ) -> tuple[Graph, dict[str, Any], tuple[PassRecord, ...]]:

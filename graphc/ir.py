@@ -9,129 +9,45 @@ algorithm.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import hashlib
 import math
-import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from types import FrameType
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import networkx
 import numpy as np
 
 from graphc import errors
+from graphc.origins import called_from, caller
+from graphc.text import format_node, freeze
+from graphc.types import DTYPES, ROWS, Axis, Dimension, Layout, Origin, TensorType, checked_type
 
-Dimension = int | str
-Axis = int | Iterable[int] | None
-DTYPES = ("float32", "float64", "int32", "int64", "bool")
-_SHORT = {"float32": "f32", "float64": "f64", "int32": "i32", "int64": "i64", "bool": "bool"}
+__all__ = [
+    "ALIGNMENT",
+    "DTYPES",
+    "NAMED_SOURCES",
+    "ROWS",
+    "SOURCES",
+    "Axis",
+    "Dimension",
+    "Graph",
+    "Layout",
+    "Node",
+    "Origin",
+    "TensorType",
+    "Value",
+    "block_bytes",
+    "called_from",
+    "caller",
+    "format_node",
+    "label_body",
+]
+
 # Nodes that hold data rather than compute it.
 SOURCES = ("input", "parameter", "state", "constant")
 # Sources that callers address by name: no pass may rename them.
 NAMED_SOURCES = ("input", "parameter", "state")
-_PACKAGE = os.path.dirname(os.path.abspath(__file__))
-
-
-@dataclass(frozen=True)
-class TensorType:
-    """Shape and element type of a value. A dimension is an int or a name bound at compile time."""
-
-    shape: tuple[Dimension, ...]
-    dtype: str = "float32"
-
-    @property
-    def rank(self) -> int:
-        return len(self.shape)
-
-    @property
-    def is_float(self) -> bool:
-        return self.dtype in ("float32", "float64")
-
-    @property
-    def itemsize(self) -> int:
-        return np.dtype(self.dtype).itemsize
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """`shape` where every dimension is bound. Raises UnboundDimensionError."""
-        for d in self.shape:
-            if isinstance(d, str):
-                raise errors.UnboundDimensionError(
-                    f"{self} has the unbound dimension {d!r}: pass dims={{{d!r}: ...}}"
-                )
-        return tuple(d for d in self.shape if not isinstance(d, str))
-
-    @property
-    def size(self) -> int:
-        """Number of elements; every dimension must be bound."""
-        return math.prod(self.sizes)
-
-    @property
-    def nbytes(self) -> int:
-        return self.size * self.itemsize
-
-    def __str__(self) -> str:
-        return f"{_SHORT[self.dtype]}[{','.join(map(str, self.shape))}]"
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a node comes from: the user's layer name and source line. Passes hand it on unchanged.
-
-    `phase` tells the user's forward nodes ("") from those made by the chain rule ("backward") and
-    the optimizer ("update")."""
-
-    layer: str = ""
-    file: str = ""
-    line: int = 0
-    phase: str = ""
-
-    def __str__(self) -> str:
-        return f"{os.path.basename(self.file)}:{self.line}" if self.file else ""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a value lies in memory.
-
-    `lane_axis=None`: row-major. Otherwise that logical axis is cut in blocks of `lanes` elements
-    and the position within a block becomes the innermost physical axis: with lane_axis 0, [N,C,H,W]
-    is stored as [N/lanes, C, H, W, lanes]; the last block is padded with elements of no meaning.
-
-    `copies=n`: only one block of axis 0 is kept at a time, in a memory of its own for each of n
-    threads (scratch inside a group of kernels that run block by block).
-    """
-
-    lane_axis: int | None = None
-    lanes: int = 1
-    copies: int = 0
-
-    def physical_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape in memory; of one thread's copy, where there are several."""
-        if self.copies:
-            return (1, *Layout(self.lane_axis, self.lanes).physical_shape(shape)[1:])
-        if self.lane_axis is None:
-            return shape
-        blocks = -(-shape[self.lane_axis] // self.lanes)
-        return (*shape[: self.lane_axis], blocks, *shape[self.lane_axis + 1 :], self.lanes)
-
-    def strides(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Strides in elements of the logical axes (of the blocks, for the lane axis)."""
-        physical = self.physical_shape(shape)
-        steps = [math.prod(physical[i + 1 :]) for i in range(len(physical))]
-        if self.copies:
-            steps[0] = 0
-        return tuple(steps[: len(shape)])
-
-    def __str__(self) -> str:
-        text = "rows" if self.lane_axis is None else f"lanes({self.lane_axis})x{self.lanes}"
-        return f"{text} a thread" if self.copies else text
-
-
-ROWS = Layout()
 
 
 class Node:
@@ -371,7 +287,7 @@ class Graph:
 
     def input(self, name: str, shape: Iterable[Dimension], dtype: str = "float32") -> Value:
         """Declare an array given at each call. Dimensions may be names, e.g. "N"."""
-        return self.add("input", (), {"type": _checked_type(name, shape, dtype)}, name=name)[0]
+        return self.add("input", (), {"type": checked_type(name, shape, dtype)}, name=name)[0]
 
     def parameter(
         self,
@@ -384,7 +300,7 @@ class Graph:
         """Declare a learned array.
 
         `init` is an initialiser of `graphc.nn.init`, an array, or None (zeros)."""
-        attrs = {"type": _checked_type(name, shape, dtype), "init": init, "trainable": trainable}
+        attrs = {"type": checked_type(name, shape, dtype), "init": init, "trainable": trainable}
         return self.add("parameter", (), attrs, name=name)[0]
 
     def state(
@@ -399,7 +315,7 @@ class Graph:
 
         Such are running statistics. `persistent=False` keeps it out of `Executable.state()`'s
         network weights (optimizer state)."""
-        attrs = {"type": _checked_type(name, shape, dtype), "init": init, "persistent": persistent}
+        attrs = {"type": checked_type(name, shape, dtype), "init": init, "persistent": persistent}
         return self.add("state", (), attrs, name=name)[0]
 
     def constant(self, array: Any, dtype: str | None = None, name: str | None = None) -> Value:
@@ -444,7 +360,7 @@ class Graph:
     ) -> Node:
         """Append a node. Its type rule runs now, so an error points at the user's line."""
         inputs, attrs = tuple(inputs), dict(attrs or {})
-        origin = self._origin or _caller()
+        origin = self._origin or caller()
         base = name or op
         unique = self._unique(base, exact=name is not None and op in NAMED_SOURCES)
         node = Node(
@@ -516,7 +432,7 @@ class Graph:
     @contextlib.contextmanager
     def layer(self, name: str) -> Iterator[None]:
         """Nodes added inside belong to the user's layer `name`."""
-        with self.origin(replace(self._origin or _caller(), layer=name)):
+        with self.origin(replace(self._origin or caller(), layer=name)):
             yield
 
     # ---- transforming
@@ -636,7 +552,7 @@ class Graph:
             for value in node.outputs:
                 number[value] = len(number)
             keep = node.name if node.op in ("input", "parameter", "state") else ""
-            attrs = tuple(sorted((k, _freeze(v)) for k, v in node.attrs.items()))
+            attrs = tuple(sorted((k, freeze(v)) for k, v in node.attrs.items()))
             rows.append(
                 (
                     node.op,
@@ -674,96 +590,3 @@ def label_body(node: Node) -> None:
         layouts = list(value.node.layouts)
         layouts[value.index] = layout
         value.node.layouts = tuple(layouts)
-
-
-def format_node(node: Node) -> str:
-    """One line of static single assignment form.
-
-    `%y: f32[N,6] = relu(%x) {attrs}  # conv1, lenet.py:12`"""
-    left = ", ".join(
-        f"%{v.name}: {v.type}" + ("" if v.layout == ROWS else f" @{v.layout}") for v in node.outputs
-    )
-    shown = {k: v for k, v in node.attrs.items() if k != "type" and not (k == "init" and v is None)}
-    attrs = ", ".join(f"{k}={_format_attribute(v)}" for k, v in shown.items())
-    operands = ", ".join(f"%{v.name}" for v in node.inputs)
-    comment = ", ".join(
-        p
-        for p in (node.origin.layer if node.origin.layer != node.name else "", str(node.origin))
-        if p
-    )
-    return (
-        f"{left} = {node.op}({operands})"
-        + (f" {{{attrs}}}" if attrs else "")
-        + (f"  # {comment}" if comment else "")
-    )
-
-
-def _format_attribute(value: Any) -> str:
-    if isinstance(value, np.ndarray):
-        return (
-            f"{value.item()!r}" if value.size == 1 else f"<{value.dtype} array {list(value.shape)}>"
-        )
-    if isinstance(value, Graph):
-        return f"<graph of {len(value)} nodes>"
-    return str(value)
-
-
-def _freeze(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return (
-            value.dtype.str,
-            value.shape,
-            hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest(),
-        )
-    if isinstance(value, Graph):
-        return value.structure()
-    if isinstance(value, (list, tuple)):
-        return tuple(_freeze(v) for v in value)
-    if isinstance(value, dict):
-        return tuple(sorted((k, _freeze(v)) for k, v in value.items()))
-    return repr(value)
-
-
-def _checked_type(name: str, shape: Iterable[Dimension], dtype: str) -> TensorType:
-    dtype = np.dtype(dtype).name if not isinstance(dtype, str) else dtype
-    if dtype not in DTYPES:
-        raise errors.DTypeError(
-            f"{name}: dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}"
-        )
-    dims: list[Dimension] = []
-    for d in shape:
-        if isinstance(d, str) and d.isidentifier():
-            dims.append(d)
-        elif isinstance(d, (int, np.integer)) and not isinstance(d, bool) and d >= 0:
-            dims.append(int(d))
-        else:
-            raise errors.ShapeError(f"{name}: dimension {d!r} is neither a size >= 0 nor a name")
-    return TensorType(tuple(dims), dtype)
-
-
-@contextlib.contextmanager
-def called_from(origin: Origin) -> Iterator[None]:
-    """Nodes that have no other origin take this one, wherever the code inside is called from."""
-    token = _PINNED.set(origin)
-    try:
-        yield
-    finally:
-        _PINNED.reset(token)
-
-
-def _caller() -> Origin:
-    """The first stack frame outside graphc and passes: the user's line."""
-    pinned = _PINNED.get()
-    if pinned is not None:
-        return pinned
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if not file.startswith((_PACKAGE, _PASSES)) and "contextlib" not in file:
-            return Origin("", file, frame.f_lineno)
-        frame = frame.f_back
-    return Origin()
-
-
-_PASSES = os.path.join(os.path.dirname(_PACKAGE), "passes")
-_PINNED: contextvars.ContextVar[Origin | None] = contextvars.ContextVar("origin", default=None)

@@ -14,7 +14,7 @@ import numpy as np
 
 from graphc import errors
 from graphc.expr import Expr, Index
-from graphc.ir import Node, TensorType, Value, _caller
+from graphc.ir import Node, TensorType, Value, caller
 
 Attrs = dict[str, Any]
 
@@ -130,5 +130,5 @@ def lift(x: Any, like: Value) -> Value:
 
 def here() -> str:
     """The user's line, `lenet.py:12: `, for errors met before a node could name it."""
-    origin = _caller()
+    origin = caller()
     return f"{origin}: " if origin.file else ""
