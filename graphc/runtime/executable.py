@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from graphc.runtime.profile import Profile
 
 
-class Executable:
+class Executable(ABC):
     """What `gc.compile` returns: call it with the inputs by name, get the outputs by name.
 
     Calls from several Python threads take turns. Returned arrays are fresh; they never alias the
@@ -47,13 +48,13 @@ class Executable:
     def __call__(self, **inputs: Any) -> dict[str, np.ndarray]:
         return self.run(inputs)
 
+    @abstractmethod
     def run(
         self, inputs: Mapping[str, Any], out: Mapping[str, np.ndarray] | None = None
     ) -> dict[str, np.ndarray]:
         """Run one step.
 
         `out` gives arrays to write outputs into (C-contiguous, of the output's type)."""
-        raise NotImplementedError
 
     def _misnamed(self, inputs: Mapping[str, Any]) -> errors.InputError | None:
         """The error for the first name that is no input of this executable."""
@@ -95,11 +96,13 @@ class Executable:
 
     # ---- state
 
+    @abstractmethod
     def _read(self, name: str) -> np.ndarray:
-        raise NotImplementedError
+        """A copy of a parameter or state, in its logical shape."""
 
+    @abstractmethod
     def _write(self, name: str, array: np.ndarray) -> None:
-        raise NotImplementedError
+        """Set a parameter or state from an array of its logical shape."""
 
     def state(self, optimizer: bool = False) -> dict[str, np.ndarray]:
         """Copies of the parameters and running statistics by name, in PyTorch's names and layouts.
