@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
@@ -21,7 +20,18 @@ import numpy as np
 from graphc import errors
 from graphc.origins import called_from, caller
 from graphc.text import format_node, freeze
-from graphc.types import DTYPES, ROWS, Axis, Dimension, Layout, Origin, TensorType, checked_type
+from graphc.types import (
+    ALIGNMENT,
+    DTYPES,
+    ROWS,
+    Axis,
+    Dimension,
+    Layout,
+    Origin,
+    TensorType,
+    block_bytes,
+    checked_type,
+)
 
 __all__ = [
     "ALIGNMENT",
@@ -41,7 +51,9 @@ __all__ = [
     "called_from",
     "caller",
     "format_node",
+    "is_view",
     "label_body",
+    "root",
 ]
 
 # Nodes that hold data rather than compute it.
@@ -188,14 +200,16 @@ class Value:
         def astype(self, dtype: str) -> Value: ...
 
 
-ALIGNMENT = 64
+def is_view(node: Node) -> bool:
+    """Whether the node's result is its operand's memory under another shape."""
+    return node.op == "reshape"
 
 
-def block_bytes(value: Value) -> int:
-    """Bytes of a value in its layout, padded lanes included, rounded up to the alignment; of one
-    thread's copy, where threads have memory of their own."""
-    size = value.type.itemsize * math.prod(value.layout.physical_shape(value.sizes))
-    return -(-size // ALIGNMENT) * ALIGNMENT
+def root(value: Value) -> Value:
+    """The value whose memory `value` is, looking through views."""
+    while is_view(value.node):
+        value = value.node.inputs[0]
+    return value
 
 
 class Graph:
@@ -553,16 +567,8 @@ class Graph:
                 number[value] = len(number)
             keep = node.name if node.op in ("input", "parameter", "state") else ""
             attrs = tuple(sorted((k, freeze(v)) for k, v in node.attrs.items()))
-            rows.append(
-                (
-                    node.op,
-                    keep,
-                    tuple(number[v] for v in node.inputs),
-                    attrs,
-                    node.types,
-                    node.layouts,
-                )
-            )
+            operands = tuple(number[v] for v in node.inputs)
+            rows.append((node.op, keep, operands, attrs, node.types, node.layouts))
         outputs = tuple((k, number[v]) for k, v in self.outputs.items())
         updates = tuple((k, number[v]) for k, v in self.updates.items())
         return (tuple(rows), outputs, updates)

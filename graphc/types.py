@@ -6,10 +6,14 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from graphc import errors
+
+if TYPE_CHECKING:
+    from graphc.ir import Value
 
 Dimension = int | str
 Axis = int | Iterable[int] | None
@@ -114,6 +118,14 @@ class Layout:
 
 
 ROWS = Layout()
+ALIGNMENT = 64
+
+
+def block_bytes(value: Value) -> int:
+    """Bytes of a value in its layout, padded lanes included, rounded up to the alignment; of one
+    thread's copy, where threads have memory of their own."""
+    size = value.type.itemsize * math.prod(value.layout.physical_shape(value.sizes))
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def checked_type(name: str, shape: Iterable[Dimension], dtype: str) -> TensorType:

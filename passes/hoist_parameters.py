@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from graphc.ir import Graph, Value
+from graphc.ir import Graph, Value, is_view
 from passes.base import Pass, note
 
 
@@ -31,7 +31,7 @@ class HoistParameters(Pass):
                 if node.op == "fused" and not results & set(node.outputs):
                     node.attrs["prepared"] = True
                     fixed.update(node.outputs)
-                elif node.op == "reshape":
+                elif is_view(node):
                     fixed.update(node.outputs)
         note(new, f"{sum('prepared' in n.attrs for n in new)} regions of parameters alone")
         return new

@@ -9,10 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from graphc.ir import ALIGNMENT, SOURCES, Graph, Node, Value, block_bytes
-
-# Operators that only rename the axes of data: their result is their operand's memory.
-VIEWS = ("reshape",)
+from graphc.ir import ALIGNMENT, SOURCES, Graph, Node, Value, block_bytes, is_view, root
 
 SizeOf = Callable[[Value], int]
 
@@ -24,18 +21,6 @@ def storage_bytes(value: Value) -> int:
 
 def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def is_view(node: Node) -> bool:
-    """Whether the node's result is its operand's memory under another shape."""
-    return node.op in VIEWS
-
-
-def root(value: Value) -> Value:
-    """The value whose memory `value` is, looking through views."""
-    while is_view(value.node):
-        value = value.node.inputs[0]
-    return value
 
 
 @dataclass

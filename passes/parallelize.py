@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from graphc.ir import SOURCES, Graph, Node
+from graphc.ir import SOURCES, Graph, Node, is_view
 from passes.base import Pass, note
 from passes.liveness import storage_bytes
 from passes.schedule import edges, reordered
@@ -59,7 +59,7 @@ def _order(graph: Graph, counts: dict[str, int | None]) -> list[Node]:
     ready: dict[int | None, list[int]] = {}
 
     def release(i: int) -> None:
-        if nodes[i].op in SOURCES or nodes[i].op == "reshape":
+        if nodes[i].op in SOURCES or is_view(nodes[i]):
             heapq.heappush(free, i)
         else:
             heapq.heappush(ready.setdefault(counts.get(nodes[i].name), []), i)

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graphc.ir import Graph, Node, Value
+from graphc.ir import ALIGNMENT, Graph, Node, Value, root
 from passes.base import Pass, note
 from passes.liveness import (
-    ALIGNMENT,
     SizeOf,
     Storage,
     live_bytes,
     peak_bytes,
-    root,
     storage_bytes,
     storages,
     updated_in_place,

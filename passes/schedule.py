@@ -5,9 +5,9 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 
-from graphc.ir import SOURCES, Graph, Node, Value
+from graphc.ir import SOURCES, Graph, Node, Value, is_view, root
 from passes.base import Pass, note
-from passes.liveness import SizeOf, is_view, peak_bytes, root, storage_bytes, storages
+from passes.liveness import SizeOf, peak_bytes, storage_bytes, storages
 
 
 @dataclass(frozen=True)

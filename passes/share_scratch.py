@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from graphc.ir import Graph, Node, Value, label_body
+from graphc.ir import Graph, Node, Value, is_view, label_body
 from passes.base import Pass, note
-from passes.liveness import is_view, storage_bytes
+from passes.liveness import storage_bytes
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from random_graphs import SHAPES, arrays, build, recipes, split
 
 from graphc import ops, optim, zoo
 from graphc.interpreter import interpret
-from graphc.ir import SOURCES, Graph, Layout, Value
+from graphc.ir import SOURCES, Graph, Layout, Value, root
 from graphc.ops import registry
 from passes.autodiff import Autodiff, differentiate
 from passes.base import Pipeline, verify_graph
-from passes.liveness import Storage, live_bytes, peak_bytes, root, storage_bytes, storages
+from passes.liveness import Storage, live_bytes, peak_bytes, storage_bytes, storages
 from passes.pipeline import BACKWARD, FORWARD
 from passes.plan_memory import PlanMemory, place, plan_memory
 from passes.schedule import Schedule

@@ -12,7 +12,7 @@ from graphc.codegen.cpu import CompiledCall, render
 from graphc.codegen.kernel import Kernel, Schedule
 from graphc.codegen.lower import CannotLower, lower_region
 from graphc.codegen.schedule import choose_schedule
-from graphc.ir import SOURCES, Graph, Node, label_body
+from graphc.ir import SOURCES, Graph, Node, label_body, root
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,7 @@ def blocks(node: Node) -> int | None:
                 own += size // count
             else:
                 weights += size
-        producer = value.node
-        while producer.op == "reshape":
-            producer = producer.inputs[0].node
+        producer = root(value).node
         if producer.op in SOURCES:
             continue
         if not access.stride(loop):

@@ -10,13 +10,13 @@ import numpy as np
 from graphc import errors
 from graphc.codegen.program import Launch
 from graphc.interpreter import interpret
-from graphc.ir import ALIGNMENT, SOURCES, Graph, Node, Value, block_bytes
+from graphc.ir import ALIGNMENT, SOURCES, Graph, Node, Value, block_bytes, root
 from graphc.runtime.arena import Arena
 from graphc.runtime.executable import Executable
 from graphc.runtime.inputs import checked_array, missing_input
 from graphc.runtime.layout import read_layout, write_layout
 from graphc.runtime.linker import KernelSource, load_kernels
-from graphc.runtime.table import LaunchTable, root
+from graphc.runtime.table import LaunchTable
 from graphc.runtime.team import get_team
 
 _COPY_BYTES = 16384

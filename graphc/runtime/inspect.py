@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphc import errors
 from graphc.codegen.program import Launch
-from graphc.ir import SOURCES, Graph, Node, Value, format_node
+from graphc.ir import SOURCES, Graph, Node, Value, format_node, root
 from graphc.runtime.profile import table
 from graphc.runtime.work import kernel_flops, launch_bytes, stored_bytes
 
@@ -425,13 +425,11 @@ def _launch_lines(executable: Executable) -> list[str]:
 
 
 def _place(value: Value, plan: Any) -> str:
-    root = value
-    while root.node.op == "reshape":
-        root = root.node.inputs[0]
     offset = plan.offset(value)
     if offset is None:
-        prepared = "prepared" if "prepared" in root.node.attrs else "in-place"
-        return f"{root.name}@{root.node.op if root.node.op in SOURCES else prepared}"
+        owner = root(value)
+        prepared = "prepared" if "prepared" in owner.node.attrs else "in-place"
+        return f"{owner.name}@{owner.node.op if owner.node.op in SOURCES else prepared}"
     return f"{value.name}@{offset}"
 
 

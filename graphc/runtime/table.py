@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from graphc.codegen.program import Launch
-from graphc.ir import Value
+from graphc.ir import Value, root
 from graphc.runtime.arena import aligned_zeros
 from graphc.runtime.driver import ALONE, BARRIER, GROUP_SHIFT, launch_table
 from graphc.runtime.team import Team, get_team
@@ -123,13 +123,6 @@ def _copies(launch: Launch) -> int:
     """How many threads have arguments of their own: those with scratch memory of their own."""
     values = (*launch.node.inputs, *launch.node.outputs)
     return max(1, *(v.layout.copies for v in values))
-
-
-def root(value: Value) -> Value:
-    """The value whose memory `value` is, looking through reshapes."""
-    while value.node.op == "reshape":
-        value = value.node.inputs[0]
-    return value
 
 
 def row_flags(launches: Sequence[Launch], memory: Callable[[Value], Range]) -> list[int]:
