@@ -46,7 +46,7 @@ class CudaLaunch:
     numbers    of each int32 parameter, its value
     grid, block  (x, y, z): blocks of the grid, threads of a block
     shared     bytes of dynamic shared memory, beside the arrays that the source declares
-    resident   blocks that a multiprocessor should hold at once; bounds the registers (`minnctapersm`)
+    resident   blocks that a multiprocessor should hold at once: bounds the registers
     """
 
     source: str
