@@ -33,6 +33,7 @@ from graphc.runtime.control import (
     PROGRAM,
     REQUEST_CONTROL,
     REQUEST_FAILED,
+    REQUEST_LIMIT,
     REQUEST_ROWS,
     REQUEST_TABLE,
     REQUEST_THREAD,
@@ -306,7 +307,7 @@ def participate(request):
     """Runs as the thread that `request` (see `control.py`) says.
 
     Thread 0 runs the request's program with the whole team and returns when every thread has
-    finished. If STOP is set, it only makes the workers leave, whether they poll or sleep.
+    finished; the status is not 0 if a kernel failed or the time limit has passed. If STOP is set, it only makes the workers leave, whether they poll or sleep.
 
     Other threads run their share of each program posted, until the team is stopped.
     """
@@ -315,6 +316,7 @@ def participate(request):
     threads = load(control, THREADS)
     program = request
     seen = 0
+    begin = ticks()
     if thread == 0:
         store(program, REQUEST_FAILED, 0)
         if threads > 1:
@@ -341,7 +343,9 @@ def participate(request):
             wait_while(control, DONE, done, PATIENCE)
             done = atomic_load(control, DONE)
         atomic_store(control, DONE, 0)
-    if load(program, REQUEST_FAILED) != 0:
+    limit = load(program, REQUEST_LIMIT)
+    late = limit != 0 and ticks() - begin > limit
+    if late or load(program, REQUEST_FAILED) != 0:
         raise RuntimeError
 
 

@@ -32,9 +32,10 @@ REQUEST_TABLE: Final = 16
 REQUEST_ROWS: Final = 24
 REQUEST_TIMING: Final = 32  # address of int64[threads, rows, 2] for begin and end ticks, or 0
 REQUEST_FAILED: Final = 40  # out: 1 + index of a row whose kernel returned an error status, or 0
-REQUEST_RESULT: Final = 48
-REQUEST_EXCEPTION: Final = 56
-REQUEST_BYTES: Final = 64
+REQUEST_LIMIT: Final = 48  # ticks; a longer run of thread 0 returns a status that is not 0; 0: none
+REQUEST_RESULT: Final = 56
+REQUEST_EXCEPTION: Final = 64
+REQUEST_BYTES: Final = 72
 
 # The control block. First what is written while a program runs.
 BARRIER_COUNT: Final = 0  # threads that have arrived at the barrier

@@ -117,7 +117,7 @@ class CpuExecutable(Executable):
         )
         self._stale = True
         self._outputs = [
-            (name, self._view(v), v.layout.lane_axis is None)
+            (name, self._view(v), None if v.layout.lane_axis is None else v)
             for name, v in self.graph.outputs.items()
         ]
         self._copied = [
@@ -126,11 +126,10 @@ class CpuExecutable(Executable):
             if n not in self._in_place
         ]
 
-    def _execute(self) -> None:
-        if self._stale:
-            self._once.run()
-            self._stale = False
-        self._every.run()
+    def _prepare(self) -> None:
+        """Run what depends on parameters alone."""
+        self._once.run()
+        self._stale = False
 
     def _prepare_inputs(self) -> None:
         """What a call does for each input.
@@ -159,6 +158,7 @@ class CpuExecutable(Executable):
     def run(
         self, inputs: Mapping[str, Any], out: Mapping[str, np.ndarray] | None = None
     ) -> dict[str, np.ndarray]:
+        # A small network takes ten microseconds: what this does counts.
         keep = []
         given = 0
         if out is not None:
@@ -186,27 +186,25 @@ class CpuExecutable(Executable):
                 raise misnamed
             if self.check:
                 return self._run_checked(out)
-            self._execute()
+            if self._stale:
+                self._prepare()
+            self._every.run()
             return self._results(out)
 
     def _results(self, out: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
         outputs = {}
-        for name, view, plain in self._outputs:
+        for name, view, blocked in self._outputs:
+            contents = view if blocked is None else read_layout(view, blocked.sizes, blocked.layout)
             if out is not None and name in out:
                 outputs[name] = out[name]
-                out[name][...] = (
-                    view
-                    if plain
-                    else read_layout(view, out[name].shape, self.graph.outputs[name].layout)
-                )
+                out[name][...] = contents
             else:
-                value = self.graph.outputs[name]
-                outputs[name] = (
-                    view.copy() if plain else read_layout(view, value.sizes, value.layout)
-                )
-        fresh = [(target, view.copy()) for target, view in self._copied]
-        for target, contents in fresh:
-            target[...] = contents
+                outputs[name] = view.copy() if blocked is None else contents
+        if self._copied:
+            # All are read before the first is written.
+            fresh = [(target, view.copy()) for target, view in self._copied]
+            for target, contents in fresh:
+                target[...] = contents
         return outputs
 
     def _run_checked(self, out: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
@@ -215,8 +213,8 @@ class CpuExecutable(Executable):
         The plan of a checked executable never reuses memory: everything can still be looked at."""
         before = {n.name: self._logical(n[0]) for n in self.graph if n.op in SOURCES}
         self._arena.poison()
-        self._stale = True
-        self._execute()
+        self._prepare()
+        self._every.run()
         for launch in self.launches:
             node = launch.node
             named = {}

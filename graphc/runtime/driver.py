@@ -51,7 +51,8 @@ def launch_table(rows: Iterable[tuple[int, ...]]) -> np.ndarray:
 
 
 class Request:
-    """One prepared call of the driver: `call()` returns 0, or not 0 if a kernel failed.
+    """One prepared call of the driver: `call()` returns 0, or not 0 if a kernel failed or the run
+    took longer than `limit` ticks.
 
     Trap: `call` points into this object and does not keep it alive.
 
@@ -79,9 +80,14 @@ class Request:
         )
 
     @property
-    def failed_row(self) -> int:
-        """After a call that did not return 0: the row of a kernel that failed."""
-        return int(self._block[c.REQUEST_FAILED // 8]) - 1
+    def failed_row(self) -> int | None:
+        """After a call that did not return 0: the row of a kernel that failed, if one did."""
+        failed = int(self._block[c.REQUEST_FAILED // 8])
+        return failed - 1 if failed else None
+
+    def set_limit(self, ticks: int) -> None:
+        """Calls return another status than 0 from now on where they take longer. 0: any length."""
+        self._block[c.REQUEST_LIMIT // 8] = ticks
 
 
 class Driver:

@@ -36,6 +36,9 @@ class Executable(ABC):
         self.seed = seed
         self.inputs: dict[str, Node] = graph.inputs
         self.output_names = tuple(graph.outputs)
+        self._declared = {
+            name: (value.sizes, np.dtype(value.dtype)) for name, value in graph.outputs.items()
+        }
         self.state_nodes: dict[str, Node] = {**graph.parameters, **graph.states}
         self.records: tuple[Any, ...] = ()
         # Runs the passes once more for an observer of (record, graph): cheaper than to keep every
@@ -79,17 +82,18 @@ class Executable(ABC):
 
     def _checked_out(self, out: Mapping[str, np.ndarray]) -> None:
         for name, array in out.items():
-            if name not in self.graph.outputs:
+            if name not in self._declared:
                 raise errors.InputError(
                     f"there is no output {name!r}; the outputs are {', '.join(self.output_names)}"
                 )
-            declared = self.graph.outputs[name].type
-            fits = (
-                isinstance(array, np.ndarray)
-                and array.shape == declared.shape
-                and array.dtype.name == declared.dtype
-            )
-            if not fits or not array.flags.c_contiguous or not array.flags.writeable:
+            shape, dtype = self._declared[name]
+            if (
+                not isinstance(array, np.ndarray)
+                or array.shape != shape
+                or array.dtype != dtype
+                or not (array.flags.c_contiguous and array.flags.writeable)
+            ):
+                declared = self.graph.outputs[name].type
                 raise errors.InputError(
                     f"out[{name!r}] must be a writable C-contiguous array {declared}"
                 )

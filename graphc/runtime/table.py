@@ -15,7 +15,7 @@ from graphc.codegen.program import Launch
 from graphc.ir import Value, root
 from graphc.runtime.arena import aligned_zeros
 from graphc.runtime.driver import ALONE, BARRIER, GROUP_SHIFT, launch_table
-from graphc.runtime.team import Team, get_team
+from graphc.runtime.team import Program, Team, get_team
 
 Range = tuple[int, int]
 
@@ -66,57 +66,61 @@ class LaunchTable:
         return stamps
 
 
-def _runner(rows: np.ndarray, team: Team) -> Callable[[], None]:
+def _runner(rows: np.ndarray, team: Team) -> Callable[[], object]:
     """What runs a table: the whole team, or for a short program what is faster at the moment."""
     if not len(rows):
         return lambda: None
-    together = team.program(rows.ctypes.data, len(rows)).run
+    together = team.program(rows.ctypes.data, len(rows))
     if team.threads == 1:
-        return together
-    return _Adaptive(get_team(1).program(rows.ctypes.data, len(rows)).run, together).run
+        return together.run
+    return _Adaptive(get_team(1).program(rows.ctypes.data, len(rows)), together).run
 
 
 class _Adaptive:
     """Runs a program with the whole team, but a short one alone while the team is slower.
 
     A few microseconds of work are lost many times over when a core that the team counts on is busy
-    with something else. The first calls run alone and are timed; from then on a call of the team
-    that takes longer than that sends the next calls back to one thread, twice as many each time.
-    The same rows compute the same bits either way: no result depends on how the work is shared."""
+    with something else. The first calls run alone and are timed; from then on a few calls of the
+    team in a row that take longer than that (the driver itself looks at the clock) send the next
+    calls back to one thread, twice as many each time. The same rows compute the same bits either
+    way: no result depends on how the work is shared."""
 
     SHORT = 200e-6  # seconds; longer programs gain from the team even on a busy machine
     TRIALS = 4
     PATIENCE = 3
-    MOST = 4096
+    LEAST, MOST = 16, 4096  # calls in a row that run alone
 
-    def __init__(self, alone: Callable[[], None], together: Callable[[], None]):
+    def __init__(self, alone: Program, together: Program):
         self.alone, self.together = alone, together
         self.expected = math.inf
         self.trials = self.TRIALS
-        self.pause, self.backoff, self.patience = 0, 16, self.PATIENCE
+        self.pause, self.backoff, self.patience = 0, self.LEAST, self.PATIENCE
+        self.strained = False  # whether patience or backoff are not what they were at first
 
     def run(self) -> None:
         if self.trials:
-            begin = time.perf_counter()
-            self.alone()
-            self.expected = min(self.expected, time.perf_counter() - begin)
-            self.trials -= 1
-            if self.expected > self.SHORT and not self.trials:
-                self.run = self.together  # type: ignore[method-assign]  # decided for good
+            self._try_alone()
         elif self.pause:
             self.pause -= 1
-            self.alone()
-        else:
-            begin = time.perf_counter()
-            self.together()
-            if time.perf_counter() - begin < self.expected:
-                self.patience, self.backoff = self.PATIENCE, max(16, self.backoff - 1)
-                return
+            self.alone.run()
+        elif not self.together.run():
+            self.strained = True
             # One slow call may have woken sleeping workers.
             self.patience -= 1
             if not self.patience:
                 self.pause, self.backoff = self.backoff, min(2 * self.backoff, self.MOST)
                 self.patience = self.PATIENCE
+        elif self.strained:
+            self.patience, self.backoff = self.PATIENCE, max(self.LEAST, self.backoff - 1)
+            self.strained = self.backoff > self.LEAST
+
+    def _try_alone(self) -> None:
+        begin = time.perf_counter()
+        self.alone.run()
+        self.expected = min(self.expected, time.perf_counter() - begin)
+        self.trials -= 1
+        if not self.trials and self.expected <= self.SHORT:
+            self.together.set_limit(self.expected)
 
 
 def _copies(launch: Launch) -> int:

@@ -65,23 +65,31 @@ class Program:
         self._request = Request(team._participate, team._control, 0, table, rows, timing)
         self._call = self._request.call
 
-    def run(self) -> None:
-        """Runs every row with all threads and returns when all have finished.
+    def set_limit(self, seconds: float) -> None:
+        """`run` returns False from now on where it takes longer than that."""
+        self._request.set_limit(int(seconds * self._team._driver.ticks_per_second()))
+
+    def run(self) -> bool:
+        """Runs every row with all threads and returns when all have finished: True unless that took
+        longer than the limit, should there be one.
 
         The GIL is released. Programs of one team take turns; those of a team of one thread do
         not need to. Raises GraphcError if a kernel returned an error status.
         """
         team = self._team
         if team.threads == 1:
-            failed = self._call()
+            status = self._call()
         else:
             with team._lock:
                 if not team._running:
                     team._start()
-                failed = self._call()
-        if failed:
-            row = self._request.failed_row
+                status = self._call()
+        if not status:
+            return True
+        row = self._request.failed_row
+        if row is not None:
             raise GraphcError(f"the kernel of row {row} of a launch table returned an error status")
+        return False
 
 
 class Team:
