@@ -18,6 +18,7 @@ from graphc.runtime import team as team_module
 from graphc.runtime.arena import Arena
 from graphc.runtime.driver import ALONE, BARRIER, launch_table, load_driver
 from graphc.runtime.linker import KernelSource, load_kernels
+from graphc.runtime.table import Adaptive
 from graphc.runtime.team import Program, Team, get_team
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,7 +168,62 @@ def test_failed_kernel_is_reported_once(kernels: dict[str, int], threads: int) -
     assert fine.rounds == [1] * threads
 
 
+class Counted:
+    """Stands for a program; `in_time` is what its runs return."""
+
+    def __init__(self) -> None:
+        self.runs, self.in_time, self.limit = 0, True, 0.0
+
+    def run(self) -> bool:
+        self.runs += 1
+        return self.in_time
+
+    def set_limit(self, seconds: float) -> None:
+        self.limit = seconds
+
+
+def test_short_programs_leave_a_slow_team_for_a_while() -> None:
+    alone, together = Counted(), Counted()
+    adaptive = Adaptive(alone, together)  # type: ignore[arg-type]
+
+    def runs(calls: int) -> tuple[int, int]:
+        before = alone.runs, together.runs
+        for _ in range(calls):
+            adaptive.run()
+        return alone.runs - before[0], together.runs - before[1]
+
+    assert runs(Adaptive.TRIALS) == (Adaptive.TRIALS, 0) and 0 < together.limit < Adaptive.SHORT
+    assert runs(100) == (0, 100)
+    together.in_time = False
+    assert runs(1) == (0, 1)
+    together.in_time = True  # one slow call is forgiven
+    assert runs(100) == (0, 100)
+    together.in_time = False
+    for pause in (Adaptive.LEAST, 2 * Adaptive.LEAST, 4 * Adaptive.LEAST):
+        assert runs(Adaptive.PATIENCE + pause) == (pause, Adaptive.PATIENCE)
+    together.in_time = True
+    assert runs(500) == (0, 500)
+    together.in_time = False  # the pauses are short again
+    assert runs(Adaptive.PATIENCE + Adaptive.LEAST) == (Adaptive.LEAST, Adaptive.PATIENCE)
+
+
 # ---- the team
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_run_longer_than_its_limit_says_so(kernels: dict[str, int], threads: int) -> None:
+    team = Team(threads)
+    run = Run(team, [(kernels["work"], 0)])
+    run.words[0, 15] = 100_000  # at least 50 us
+    assert run.program.run() is True
+    run.program.set_limit(1e-6)
+    assert run.program.run() is False
+    run.program.set_limit(60.0)
+    assert run.program.run() is True
+    run.program.set_limit(0)
+    assert run.program.run() is True
+    assert run.words[0, 0] == 4
+    team.close()
 
 
 def test_team_is_shared_and_checked() -> None:

@@ -24,8 +24,8 @@ class Options:
 
     models: names, empty for the default ones. peers: names, empty for all. batches, threads: empty
     for each model's own batches, for one thread and one a core. modes: "infer", "train". rounds:
-    turns of each peer, None for the default. quick: few short rounds, and no second start for the
-    warm compile time. out: folder for the files.
+    turns of each peer, None for the default. quick: few short rounds, and a second start, for the
+    warm compile time, of graphc only. out: folder for the files.
     """
 
     models: tuple[str, ...] = ()

@@ -46,16 +46,16 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLI
 class Plan:
     """How to measure.
 
-    rounds: how often each peer has its turn. burst: seconds of one turn. cold: whether peers that
-    keep compiled code are started twice, with an empty folder and again.
+    rounds: how often each peer has its turn. burst: seconds of one turn. again: the peers that are
+    started twice, with an empty folder for compiled code and again; None: all that keep any.
     """
 
     rounds: int = 15
     burst: float = 0.15
-    cold: bool = True
+    again: tuple[str, ...] | None = None
 
 
-QUICK = Plan(rounds=5, burst=0.05, cold=False)
+QUICK = Plan(rounds=5, burst=0.05, again=(OURS,))
 
 
 @dataclass
@@ -232,7 +232,7 @@ def _build(
     stack.callback(worker.close)
     built = worker.ask(BUILD_SECONDS, do="build")
     row.cold = built["setup"]
-    warm = peer.keeps and plan.cold
+    warm = peer.keeps and (plan.again is None or peer.name in plan.again)
     if warm or built["variants"] > 1:
         worker.close()
         worker = Worker(peer, work, folder)

@@ -307,7 +307,8 @@ def participate(request):
     """Runs as the thread that `request` (see `control.py`) says.
 
     Thread 0 runs the request's program with the whole team and returns when every thread has
-    finished; the status is not 0 if a kernel failed or the time limit has passed. If STOP is set, it only makes the workers leave, whether they poll or sleep.
+    finished; the status is not 0 if a kernel failed or the time limit has passed. If STOP is set,
+    it only makes the workers leave, whether they poll or sleep.
 
     Other threads run their share of each program posted, until the team is stopped.
     """

@@ -73,10 +73,10 @@ def _runner(rows: np.ndarray, team: Team) -> Callable[[], object]:
     together = team.program(rows.ctypes.data, len(rows))
     if team.threads == 1:
         return together.run
-    return _Adaptive(get_team(1).program(rows.ctypes.data, len(rows)), together).run
+    return Adaptive(get_team(1).program(rows.ctypes.data, len(rows)), together).run
 
 
-class _Adaptive:
+class Adaptive:
     """Runs a program with the whole team, but a short one alone while the team is slower.
 
     A few microseconds of work are lost many times over when a core that the team counts on is busy
