@@ -3,7 +3,7 @@
 import importlib as _importlib
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from graphc import errors, nn, ops, optim
+from graphc import errors, logs, nn, ops, optim
 from graphc.ir import Graph, Layout, TensorType, Value
 from graphc.ops import *  # noqa: F403  # ops.__all__ says what
 from graphc.serialize import load, save
@@ -41,6 +41,9 @@ __all__ = [
     "zoo",
     *ops.__all__,
 ]
+
+
+logs.configure()
 
 
 def __getattr__(name: str):

@@ -16,7 +16,7 @@ from graphc.optim import Optimizer
 from graphc.runtime.executable import Executable, InterpretedExecutable
 from passes.assign_layouts import AssignLayouts
 from passes.autodiff import differentiate
-from passes.base import Observer, PassRecord, Pipeline
+from passes.base import Observer, PassRecord, Pipeline, report
 from passes.choose_convolutions import ChooseConvolutions
 from passes.explicit_padding import ExplicitPadding
 from passes.fold_batch_norm import FoldBatchNorm
@@ -31,7 +31,7 @@ from passes.share_scratch import ShareScratch
 
 TARGETS = ("cpu", "interpret")
 PRECISIONS = ("float32", "strict")
-log = logging.getLogger("graphc.compiler")
+log = logging.getLogger("graphc.kernels")
 
 
 def compile(
@@ -123,6 +123,9 @@ def compile(
         launches = cpu_target.plan_launches(planned, kernels, cpu_target.host_lanes(), cores)
         executable = CpuExecutable(planned, launches, cores, seed, _progress(), check=check)
     executable.records, executable.replay = records, shaped
+    if log.isEnabledFor(logging.INFO):
+        for info in executable.kernels():
+            log.info("%s", info)
     return executable
 
 
@@ -205,6 +208,7 @@ def transform(
 
     training = mode == "train" if mode else bool(gradients or optimizer)
     if observer:
+        observer(PassRecord("declared", 0.0, len(graph), len(graph)), graph)
         observer(PassRecord("bind", 0.0, len(graph), len(g)), g)
     forward = Pipeline((SetMode(training, seed),)) + FORWARD + (algorithms or Pipeline())
     g, records = forward.run(g, observer=observer)
@@ -221,8 +225,7 @@ def transform(
             optimizer.apply(g, {n: found[n] for n in trained})
             _mark(g, start, "update")
         records += (PassRecord("differentiate", time.perf_counter() - began, before, len(g)),)
-        if observer:
-            observer(records[-1], g)
+        report(records[-1], g, observer)
     keep = {*outputs, *(f"grad:{name}" for name in gradients)}
     g.outputs = {k: v for k, v in g.outputs.items() if k in keep}
     g, more = BACKWARD.run(g, observer=observer)
@@ -298,7 +301,7 @@ def _progress() -> Callable[[int, int, float, str], None]:
     started = time.perf_counter()
 
     def report(done: int, total: int, seconds: float, name: str) -> None:
-        log.info("kernel %d/%d compiled after %.1f s: %s", done, total, seconds, name)
+        log.info("%d/%d compiled after %.1f s: %s", done, total, seconds, name)
         if sys.stderr.isatty() and time.perf_counter() - started > 0.5:
             end = "\r" if done < total else "\n"
             sys.stderr.write(f"graphc: kernel {done}/{total}, {seconds:.1f} s{end}")

@@ -66,6 +66,14 @@ class PassRecord:
 Observer = Callable[[PassRecord, Graph], None]
 
 
+def report(record: PassRecord, graph: Graph, observer: Observer | None = None) -> None:
+    """Log what a pass did, and tell an observer."""
+    log.info("%s", record)
+    log.debug("after %s:\n%s", record.name, graph)
+    if observer:
+        observer(record, graph)
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """Passes in order. A pipeline is data: the editing methods return a new one."""
@@ -107,12 +115,9 @@ class Pipeline:
             notes = graph.annotations.pop(_NOTES, ())
             record = PassRecord(step.name, seconds, len(before), len(graph), notes)
             records.append(record)
-            log.info("%s", record)
-            log.debug("after %s:\n%s", step.name, graph)
             if check:
                 verify_graph(graph, f"after pass {step.name}", {n.origin for n in before})
-            if observer:
-                observer(record, graph)
+            report(record, graph, observer)
         return graph, tuple(records)
 
     def with_inserted(

@@ -8,6 +8,7 @@ follows them. Each region becomes one node `fused` whose attribute `body` is the
 from __future__ import annotations
 
 import heapq
+import logging
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from graphc.ir import SOURCES, Graph, Node, Value
 from graphc.ops.registry import get
 from passes.base import Pass
 
+log = logging.getLogger("graphc.fusion")
 CONTRACTIONS = frozenset(
     "matmul conv2d conv2d_input_grad conv2d_weight_grad tile_transform tile_transform_grad "
     "toom_conv toom_conv_input_grad toom_conv_weight_grad "
@@ -114,6 +116,8 @@ class _Fuser:
                         self.try_merge(value.node, node)
         result = self.build()
         result.annotations["not_fused"] = dict(self.reasons)
+        for (producer, consumer), reason in self.reasons.items():
+            log.info("%s -> %s: %s", producer, consumer, reason)
         return result
 
     # ---- grouping

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from passes.liveness import (
     storages,
     updated_in_place,
 )
+
+log = logging.getLogger("graphc.memory")
 
 # How often a plan above the bound is tried again with the storages that overran it placed first,
 # and how many placements all tries together may take: about a second.
@@ -134,6 +137,8 @@ class PlanMemory(Pass):
             reuse=self.reuse,
         )
         new.annotations["memory"] = plan
+        if log.isEnabledFor(logging.INFO):
+            log.info("%s: %s", new.name, plan.report())
         note(new, plan.report(rows=0).splitlines()[0])
         return new
 

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import graphc as gc
-from graphc.bench.machine import Machine, cache_sizes, measure_machine
+from graphc import logs
+from graphc.bench import machine
+from graphc.bench.machine import Machine, cache_sizes, machine_limits
 from graphc.codegen.kernel import Kernel, Loop
 from graphc.errors import GraphcError, InputError
+from graphc.inspect import dump, explain
+from graphc.inspect.work import contraction_flops, kernel_flops, points
 from graphc.ir import SOURCES
-from graphc.runtime import inspect
-from graphc.runtime.work import contraction_flops, kernel_flops, points
 
 BATCH = 16
 
@@ -139,13 +146,60 @@ def test_memory_adds_up(step):
 def test_explain_names_choices_and_reasons(step):
     text = step.explain()
     layouts = step.graph.annotations["layouts"]
-    assert f"chosen: {inspect._mode_text(layouts[0])}" in text
-    for (producer, consumer), reason in step.graph.annotations["not_fused"].items():
+    assert f"chosen: {explain.mode_text(layouts[0])}" in text
+    for (producer, consumer), reason in explain.kept_apart(step.graph).items():
         assert f"{producer} -> {consumer}: {reason}" in text
     for node in step.graph:
         if node.attrs.get("kind") == "convert_layout":
             assert f"{node.name}: {node.inputs[0].name}" in text
     assert "register tile" in text and "differentiate" in text and "Convolution algorithms" in text
+
+
+def test_every_pair_of_neighbours_has_a_reason(step):
+    """Whatever reads another kernel's memory, directly or through a reshape, says why."""
+    pairs = explain.kept_apart(step.graph)
+    for node in step.graph:
+        for value in node.inputs if node.op == "fused" else ():
+            while value.node.op == "reshape":
+                value = value.node.inputs[0]
+            if value.node.op == "fused":
+                assert pairs[value.node.name, node.name]
+    assert not any("not tried" in reason for reason in pairs.values())
+    recorded = set(step.graph.annotations["not_fused"].values())
+    assert len([r for r in pairs.values() if r in recorded]) >= 3
+
+
+def test_explain_says_what_is_computed_again():
+    """The mask of a relu that two kernels of the backward pass need."""
+    g = gc.Graph("twice")
+    x, label = g.input("x", ("N", 6)), g.input("label", ("N",), dtype="int32")
+    h = gc.relu(gc.nn.linear(x, 7, name="a"), name="mask")
+    g.output(loss=gc.softmax_cross_entropy(gc.nn.linear(h, 3, name="b"), label))
+    exe = gc.compile(
+        g, outputs=["loss"], dims={"N": 16}, loss="loss", optimizer=gc.optim.SGD(0.1), threads=1
+    )
+    places = {}
+    for info in exe.kernels():
+        for operator in info.nodes:
+            places.setdefault(operator, []).append(info.name)
+    again = explain.recomputed(exe.graph)
+    for name, where in again.items():
+        (operator,) = (o for o in places if o.startswith(f"{name}: "))
+        assert tuple(places[operator]) == where and len(where) > 1
+        assert f"{name}: by {', '.join(where)}" in exe.explain()
+
+
+def test_algorithms_are_listed_with_predicted_times():
+    g = gc.Graph("choice")
+    x = g.input("x", ("N", 16, 12, 12))
+    g.output(y=gc.nn.conv2d(x, 32, 3, padding=1, name="conv"))
+    exe = gc.compile(g, outputs=["y"], dims={"N": 8}, threads=1)
+    (name, (chosen, predicted)) = next(iter(explain.convolution_choices(exe).items()))
+    assert name == "conv" and chosen in predicted and "direct" in predicted
+    gflops = machine_limits(1).gflops
+    costs = exe.graph.annotations["convolutions"]["conv"]
+    assert predicted == {a: pytest.approx(2e-9 * c / gflops) for a, c in costs.items()}
+    assert f"conv: {chosen}; predicted" in exe.explain()
 
 
 def test_explain_lists_conversions():
@@ -155,7 +209,7 @@ def test_explain_lists_conversions():
     exe = gc.compile(g, outputs=["y"], dims={"N": 16}, threads=1)
     converted = [n for n in exe.graph if n.attrs.get("kind") == "convert_layout"]
     assert converted, "the output is row-major, the convolutions are not"
-    assert "read by output 'y'" in exe.explain()
+    assert "output 'y' is handed out in rows" in exe.explain()
 
 
 # ---- dump
@@ -164,11 +218,12 @@ def test_explain_lists_conversions():
 def test_dump_holds_everything(step, tmp_path):
     folder = step.dump(tmp_path / "new" / "dump")
     texts = sorted((folder / "passes").glob("*.txt"))
-    assert len(texts) == len(step.records) + 1  # the graph with its sizes bound comes first
+    # As declared and with its sizes bound come first.
+    assert len(texts) == len(step.records) + 2
     assert len(texts) == len(list((folder / "passes").glob("*.dot")))
-    assert texts[0].name == "00_bind.txt"
-    assert [t.stem[3:] for t in texts[1:]] == [r.name for r in step.records]
-    assert texts[-1].read_text() == inspect.graph_text(step.graph)
+    assert [t.name for t in texts[:2]] == ["00_declared.txt", "01_bind.txt"]
+    assert [t.stem[3:] for t in texts[2:]] == [r.name for r in step.records]
+    assert texts[-1].read_text() == dump.graph_text(step.graph)
     names = {p.name for p in folder.iterdir()}
     assert names == {
         "passes",
@@ -185,6 +240,15 @@ def test_dump_holds_everything(step, tmp_path):
         assert any(isinstance(n, ast.FunctionDef) and n.name == "kernel" for n in tree.body)
     launches = (folder / "launches.txt").read_text()
     assert all(info.name in launches for info in step.kernels())
+
+
+def test_dumped_kernels_run_by_themselves(step, tmp_path):
+    folder = step.dump(tmp_path / "dump")
+    conv = next(i for i, info in enumerate(step.kernels()) if info.kind == "conv2d")
+    (path,) = (folder / "kernels").glob(f"{conv:02d}_*.py")
+    result = subprocess.run([sys.executable, path], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert path.stem in result.stdout and "GFLOP/s" in result.stdout
 
 
 def test_dump_is_of_the_graph_that_was_compiled(tmp_path):
@@ -209,7 +273,7 @@ def test_a_failed_dump_leaves_nothing(step, tmp_path, monkeypatch):
     def fail(executable):
         raise OSError("no space")
 
-    monkeypatch.setattr(inspect, "memory", fail)
+    monkeypatch.setattr(dump, "memory", fail)
     with pytest.raises(OSError, match="no space"):
         step.dump(tmp_path / "dump")
     assert not list(tmp_path.iterdir())
@@ -226,7 +290,14 @@ def test_profile_times_every_launch_and_leaves_the_state_alone(step):
     every = [i for i in step.kernels() if not i.prepared]
     assert [row.name for row in profile.launches] == [i.name for i in every]
     assert all(row.seconds >= 0 and 0 <= row.balance <= 1 for row in profile.launches)
-    assert all(row.share >= 0 and row.bound in ("arithmetic", "memory") for row in profile.launches)
+    roofs = ("arithmetic", "L1", "L2", "L3", "memory")
+    assert all(row.share >= 0 and row.roof in roofs for row in profile.launches)
+    assert math.isclose(profile.seconds + profile.barriers, profile.timed)
+    assert 0 <= profile.waiting < profile.seconds
+    by_layer = [s for phases in profile.layers().values() for s in phases.values()]
+    assert math.isclose(sum(by_layer), profile.seconds)
+    assert {"conv", "fc"} <= set(profile.layers())
+    assert step.last_profile is profile
     assert profile.flops == sum(i.flops for i in every) > 0
     assert 0 < profile.step and profile.seconds > 0 and profile.runs == 5
     assert math.isclose(sum(profile.phases().values()), profile.seconds)
@@ -284,20 +355,74 @@ def test_interpreted_executables_say_what_they_lack(interpreted, tmp_path):
 
 
 def test_roofline():
-    machine = Machine("test", 4, 2, 8, 100.0, ((1000, 50.0), (10**6, 20.0), (10**9, 5.0)))
-    assert machine.bandwidth(1000) == 50 and machine.bandwidth(1001) == 20
-    assert machine.bandwidth(10**12) == 5
-    assert machine.seconds(200e9, 1) == pytest.approx(2.0)
-    assert machine.seconds(1, 10e9) == pytest.approx(2.0)
-    assert machine.seconds(1, 10e9, together=500) == pytest.approx(0.2)
-    assert machine.bound(200e9, 1) == "arithmetic" and machine.bound(1, 10e9) == "memory"
-    assert "100 GFLOP/s" in str(machine)
+    limits = Machine(
+        "test", 4, 2, 8, 100.0, ((1000, 50.0), (10**6, 20.0), (10**8, 5.0), (10**9, 5.0))
+    )
+    assert limits.bandwidth(1000) == 50 and limits.bandwidth(1001) == 20
+    assert limits.bandwidth(10**12) == 5
+    assert limits.seconds(200e9, 1) == pytest.approx(2.0)
+    assert limits.seconds(1, 10e9) == pytest.approx(2.0)
+    assert limits.seconds(1, 10e9, together=500) == pytest.approx(0.2)
+    assert limits.roof(200e9, 1) == "arithmetic" and limits.roof(1, 10e9) == "memory"
+    assert limits.roof(1, 900) == "L1" and limits.roof(1, 10**7) == "L3"
+    assert "100 GFLOP/s" in str(limits)
 
 
-def test_limits_are_measured():
-    machine = measure_machine(1)
-    assert machine is measure_machine(1)
-    assert machine.gflops > 1 and len(machine.read) == 4
-    assert all(speed > 0.1 for _, speed in machine.read)
+def test_limits_are_measured_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("GRAPHC_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(machine, "_known", {})
+    limits = machine_limits(1)
+    assert limits.gflops > 1 and len(limits.read) == 4
+    assert all(speed > 0.1 for _, speed in limits.read)
+    monkeypatch.setattr(machine, "_known", {})  # as in the next process
+    monkeypatch.setattr(machine, "measure_machine", None)
+    assert machine_limits(1) == limits
+    (file,) = (tmp_path / "cache").glob("machine-*.json")
+    file.write_text("damaged")
+    monkeypatch.setattr(machine, "_known", {})
+    monkeypatch.setattr(machine, "measure_machine", lambda threads: replace(limits, gflops=1.0))
+    assert machine_limits(1).gflops == 1.0
+    # A kernel was faster: the machine was busy then.
+    monkeypatch.setattr(machine, "measure_machine", lambda threads: limits)
+    assert machine_limits(1, again=True).gflops == limits.gflops
+    assert machine_limits(1) == limits
+
+
+def test_cache_sizes_grow():
     first, second, third = cache_sizes()
     assert 1 << 13 <= first < second < third
+
+
+# ---- logging
+
+
+def test_log_topics(capfd, caplog, monkeypatch):
+    for topic in logs.TOPICS:
+        monkeypatch.setattr(logging.getLogger(f"graphc.{topic}"), "handlers", [])
+    try:
+        logs.configure("passes, fusion,memory,nonsense")
+        product(8, 12, 16)
+        written = capfd.readouterr().err
+        assert "graphc.passes: fuse: " in written and "nodes, " in written
+        assert "graphc.memory: product: planned" in written
+        assert "graphc.cache" not in written and "graphc.kernels" not in written
+        assert "GRAPHC_LOG has nonsense" in caplog.text
+    finally:
+        for topic in logs.TOPICS:
+            logging.getLogger(f"graphc.{topic}").setLevel(logging.NOTSET)
+
+
+def test_the_environment_chooses_log_topics():
+    code = (
+        "import graphc as gc\ng = gc.Graph('g')\n"
+        "g.output(y=gc.relu(g.input('x', (4,))))\ngc.compile(g, outputs=['y'], threads=1)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "GRAPHC_LOG": "kernels,cache"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "graphc.cache: " in result.stderr and "graphc.kernels: relu" in result.stderr
+    assert "graphc.passes" not in result.stderr

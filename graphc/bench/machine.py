@@ -6,16 +6,20 @@ that "share of the peak" compares like with like. `python -m graphc.bench.machin
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import json
 import os
 import platform
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+
+from graphc.serialize import write_atomically
 
 _MULTIPLY_ADDS = """\
 from graphc.codegen import simd
@@ -63,6 +67,7 @@ def kernel(args, thread, threads):
     store_tile(out, thread * {stored}, (0,), sums)
 """
 
+LEVELS = ("L1", "L2", "L3", "memory")
 _CACHES = (32 << 10, 512 << 10, 8 << 20)  # L1 and L2 of a core, L3 of all, where none are told
 _MOST = 256 << 20
 _TRIES = 15
@@ -86,10 +91,7 @@ class Machine:
 
     def bandwidth(self, nbytes: float) -> float:
         """GB/s at which a working set of `nbytes` is read: that of the cache that it fits."""
-        for size, speed in self.read:
-            if nbytes <= size:
-                return speed
-        return self.read[-1][1]
+        return self.read[LEVELS.index(self.level(nbytes))][1]
 
     def seconds(self, flops: float, nbytes: float, together: float | None = None) -> float:
         """The least time for that work: the roofline (Williams, Waterman & Patterson 2009).
@@ -97,10 +99,19 @@ class Machine:
         together: bytes that are in use at the same time, where that is not all of `nbytes`."""
         return max(self._limits(flops, nbytes, together))
 
-    def bound(self, flops: float, nbytes: float, together: float | None = None) -> str:
-        """Which limit that work meets first: "arithmetic" or "memory"."""
+    def roof(self, flops: float, nbytes: float, together: float | None = None) -> str:
+        """Which limit that work meets first: "arithmetic", or the level of memory that it fits."""
         arithmetic, memory = self._limits(flops, nbytes, together)
-        return "memory" if memory > arithmetic else "arithmetic"
+        return (
+            self.level(nbytes if together is None else together)
+            if memory > arithmetic
+            else ("arithmetic")
+        )
+
+    def level(self, nbytes: float) -> str:
+        """The smallest level of memory that holds a working set: "L1", "L2", "L3" or "memory"."""
+        sizes = [size for size, _ in self.read[:-1]]
+        return next((n for n, size in zip(LEVELS, sizes) if nbytes <= size), LEVELS[-1])
 
     def _limits(self, flops: float, nbytes: float, together: float | None) -> tuple[float, float]:
         speed = self.bandwidth(nbytes if together is None else together)
@@ -114,9 +125,60 @@ class Machine:
         )
 
 
-@functools.lru_cache(maxsize=16)
+_known: dict[int, Machine] = {}
+
+
+def machine_limits(threads: int, again: bool = False) -> Machine:
+    """The limits of `threads` threads, measured once and kept in the folder of compiled kernels.
+
+    again: measure once more and keep the better figures. Something was faster than the limits
+    known, so the machine was busy when they were measured."""
+    machine = _known.get(threads) or _load_limits(threads)
+    if machine is None or again:
+        fresh = measure_machine(threads)
+        machine = fresh if machine is None else _best_of(machine, fresh)
+        _store_limits(machine)
+    _known[threads] = machine
+    return machine
+
+
+def _best_of(a: Machine, b: Machine) -> Machine:
+    read = tuple((size, max(x, y)) for (size, x), (_, y) in zip(a.read, b.read, strict=True))
+    return replace(a, gflops=max(a.gflops, b.gflops), read=read)
+
+
+def _limits_file(threads: int) -> Path | None:
+    """Where the limits are kept: by processor, cores and what measures them."""
+    from graphc.codegen.simd_host import host_lanes
+    from graphc.runtime.cache import default_cache
+    from graphc.runtime.team import available_cores
+
+    folder = default_cache().folder
+    facts = (cpu_name(), host_lanes(), available_cores(), threads, cache_sizes())
+    code = hashlib.sha256(Path(__file__).read_bytes() + repr(facts).encode()).hexdigest()
+    return folder / f"machine-{code[:16]}.json" if folder else None
+
+
+def _load_limits(threads: int) -> Machine | None:
+    path = _limits_file(threads)
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8")) if path else None
+        if fields is None:
+            return None
+        return Machine(**{**fields, "read": tuple((n, s) for n, s in fields["read"])})
+    except (OSError, ValueError, TypeError, KeyError):  # absent, or another version's
+        return None
+
+
+def _store_limits(machine: Machine) -> None:
+    path = _limits_file(machine.threads)
+    if path is not None:
+        with contextlib.suppress(OSError):
+            write_atomically(path, json.dumps(asdict(machine)).encode())
+
+
 def measure_machine(threads: int) -> Machine:
-    """Measure the limits of `threads` threads: 0.3 s, once a process."""
+    """Measure the limits of `threads` threads: 0.3 s. See `machine_limits`."""
     from graphc.codegen.simd_host import host_lanes
     from graphc.runtime.arena import aligned_zeros
     from graphc.runtime.linker import KernelSource, load_kernels

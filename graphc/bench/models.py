@@ -107,7 +107,7 @@ class Work:
     def flops(self) -> int:
         """Operations of the convolutions and products of one call, counted as direct ones."""
         from graphc.compiler import transform
-        from graphc.runtime.work import contraction_flops
+        from graphc.inspect.work import contraction_flops
 
         joint, _ = transform(self.declared, [self.output], self.dims, **self.training())
         return contraction_flops(joint)

@@ -89,7 +89,7 @@ class Report:
 
     def text(self) -> str:
         """The whole report as plain text."""
-        from graphc.runtime.profile import table
+        from graphc.inspect.text import table
 
         parts = ["\n".join(self.heading())]
         for title, rows in self.groups():

@@ -229,7 +229,7 @@ class KernelCache:
                 total -= size
 
     def _files(self) -> list[tuple[Path, int, float]]:
-        """(path, bytes, last use) of the folder's kernel and temporary files."""
+        """(path, bytes, last use) of what graphc keeps in the folder, and of temporary files."""
         found: list[tuple[Path, int, float]] = []
         if self.folder is None:
             return found
@@ -276,6 +276,8 @@ def _is_ours(name: str) -> bool:
     stem, _, suffix = name.rpartition(".")
     if suffix == "tmp":
         return stem.startswith("write-")
+    if suffix == "json":
+        return stem.startswith("machine-")  # see graphc.bench.machine
     return (
         suffix in ("py", "obj") and len(stem) == 64 and all(c in "0123456789abcdef" for c in stem)
     )

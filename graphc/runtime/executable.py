@@ -18,8 +18,9 @@ from graphc.ir import Graph, Node
 from graphc.runtime.inputs import checked_array, missing_input, unknown_input
 
 if TYPE_CHECKING:
-    from graphc.runtime.inspect import KernelInfo, MemoryReport
-    from graphc.runtime.profile import Profile
+    from graphc.inspect.kernels import KernelInfo
+    from graphc.inspect.memory import MemoryReport
+    from graphc.inspect.profile import Profile
 
 
 class Executable(ABC):
@@ -44,6 +45,7 @@ class Executable(ABC):
         # Runs the passes once more for an observer of (record, graph): cheaper than to keep every
         # graph.
         self.replay: Callable[[Callable[[Any, Graph], None]], Any] | None = None
+        self.last_profile: Profile | None = None
         self._lock = threading.RLock()
 
     # ---- running
@@ -156,43 +158,49 @@ class Executable(ABC):
 
     def kernels(self) -> list[KernelInfo]:
         """What each launch of a step computes and how: one entry a launch, in order."""
-        from graphc.runtime import inspect
+        from graphc.inspect.kernels import kernels
 
-        return inspect.kernels(self)
+        return kernels(self)
 
     def memory(self) -> MemoryReport:
         """Planned memory, its lower bound, and what lies outside the plan. Print it.
 
         Raises GraphcError for `target="interpret"`, which plans none."""
-        from graphc.runtime import inspect
+        from graphc.inspect.memory import memory
 
-        return inspect.memory(self)
+        return memory(self)
 
     def explain(self) -> str:
-        """Why the program is as it is: layouts, conversions, what was not fused and why, tiles."""
-        from graphc.runtime import inspect
+        """Why the program is as it is: algorithms, layouts, conversions, what is computed again,
+        what was not fused and why, tiles."""
+        from graphc.inspect.explain import explain
 
-        return inspect.explain(self)
+        return explain(self)
 
     def dump(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the graph after each pass, kernels, launch table and memory plan into a new folder.
+        """Write all there is to see into a new folder; open its `index.html` in a browser.
 
+        The graph after each pass, kernels, launch table, memory plan and the last profile.
         Raises GraphcError if the folder has something in it."""
-        from graphc.runtime import inspect
+        from graphc.inspect.dump import dump
 
-        return inspect.dump(self, folder)
+        return dump(self, folder)
 
     def profile(
         self, inputs: Mapping[str, Any] | None = None, /, *, runs: int = 50, **named: Any
     ) -> Profile:
         """Time every launch over `runs` steps on inputs as for a call; `print` the result.
 
-        Parameters and states are put back afterwards.
+        Parameters and states are put back afterwards; `last_profile` keeps the result.
         Raises GraphcError for `target="interpret"`."""
-        from graphc.runtime import inspect, profile
+        from graphc.inspect.kernels import no_kernels
+        from graphc.inspect.profile import profile
 
-        inspect.require_kernels(self, "profile")
-        return profile.profile(self, {**(inputs or {}), **named}, runs)  # type: ignore[arg-type]  # native
+        if not hasattr(self, "launches"):
+            raise no_kernels(self, "profile")
+        native: Any = self
+        self.last_profile = profile(native, {**(inputs or {}), **named}, runs)
+        return self.last_profile
 
     def _initialise(self) -> None:
         for name, node in self.state_nodes.items():

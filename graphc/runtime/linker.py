@@ -7,6 +7,7 @@ cannot keep anything alive, and a whole network's code is a few hundred kilobyte
 """
 
 import ctypes
+import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from graphc.errors import GraphcError
 from graphc.runtime.build import Job, Progress, compile_jobs
 from graphc.runtime.cache import KERNEL_SIGNATURE, Entry, KernelCache, default_cache
+
+log = logging.getLogger("graphc.cache")
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,15 @@ def load_kernels(
             for key in missing
             if key not in entries
         ]
+        if missing:
+            log.info(
+                "%d kernels: %d linked already, %d on disk, %d to compile; folder %s",
+                len(by_key),
+                len(by_key) - len(missing),
+                len(entries),
+                len(jobs),
+                cache.folder,
+            )
         if jobs:
             entries |= compile_jobs(jobs, cache, progress, workers)
             compiled = tuple(job.name for job in jobs)

@@ -56,7 +56,11 @@ class LaunchTable:
         self.patches = {name: np.array(slots) for name, slots in patches.items()}
         self.rows = launch_table(table)
         self.team = team
-        self.run = _runner(self.rows, team)
+        self.run = _runner(self, team)
+
+    def together(self) -> Program:
+        """The program of the whole team, also where `run` would leave a short one to one thread."""
+        return self.team.program(self.rows.ctypes.data, len(self.rows))
 
     def run_timed(self) -> np.ndarray:
         """Run once; int64[threads, rows, 2]: begin and end of every row in ticks."""
@@ -66,11 +70,12 @@ class LaunchTable:
         return stamps
 
 
-def _runner(rows: np.ndarray, team: Team) -> Callable[[], object]:
+def _runner(table: LaunchTable, team: Team) -> Callable[[], object]:
     """What runs a table: the whole team, or for a short program what is faster at the moment."""
+    rows = table.rows
     if not len(rows):
         return lambda: None
-    together = team.program(rows.ctypes.data, len(rows))
+    together = table.together()
     if team.threads == 1:
         return together.run
     return Adaptive(get_team(1).program(rows.ctypes.data, len(rows)), together).run

@@ -1,0 +1,1 @@
+"""What an executable tells about itself: kernels, memory, explanations, profiles, a dump."""

@@ -1,0 +1,129 @@
+"""Everything about an executable as files in one folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graphc import errors
+from graphc.codegen.program import Launch
+from graphc.inspect.explain import explain
+from graphc.inspect.kernels import kernels, launched
+from graphc.inspect.memory import memory
+from graphc.inspect.rerun import runnable_source
+from graphc.inspect.text import table
+from graphc.ir import SOURCES, Graph, Value, root
+from graphc.viz.formats import to_dot
+
+if TYPE_CHECKING:
+    from graphc.runtime.executable import Executable
+
+
+def dump(executable: Executable, folder: str | os.PathLike[str]) -> Path:
+    """Write everything about an executable into a new folder, which appears whole or not at all.
+
+    `index.html`: all of it as one page; `passes/NN_name.txt`, `.dot` and `.svg`: the graph as
+    declared and after each pass; `passes.txt`: what they did; `explain.txt`; and of compiled
+    executables `launches.txt`, `memory.txt` and `kernels/NN_name.py`, each of which runs by
+    itself. If the executable was profiled: `profile.txt`, `profile.json` and `trace.json`.
+    Raises GraphcError if the folder exists and holds something.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise errors.GraphcError(
+            f"dump: {target} exists already: choose a folder that is new or empty"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        _write_dump(executable, unfinished)
+        unfinished.chmod(0o755)
+        if target.exists():
+            target.rmdir()
+        os.rename(unfinished, target)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return target
+
+
+def _write_dump(executable: Executable, folder: Path) -> None:
+    passes = folder / "passes"
+    passes.mkdir()
+    records: list[Any] = []
+
+    def observe(record: Any, graph: Graph) -> None:
+        base = passes / f"{len(records):02d}_{file_name(record.name)}"
+        base.with_suffix(".txt").write_text(graph_text(graph), encoding="utf-8")
+        base.with_suffix(".dot").write_text(to_dot(graph), encoding="utf-8")
+        records.append(record)
+
+    if executable.replay is not None:
+        executable.replay(observe)
+    _write(folder / "passes.txt", (f"{n:02d} {record}" for n, record in enumerate(records)))
+    _write(folder / "explain.txt", [explain(executable).rstrip()])
+    if not hasattr(executable, "launches"):
+        return
+    _write(folder / "memory.txt", [str(memory(executable))])
+    _write(folder / "launches.txt", _launch_lines(executable))
+    if executable.last_profile is not None:
+        _write(folder / "profile.txt", [str(executable.last_profile)])
+        _write(folder / "profile.json", [executable.last_profile.to_json()])
+        executable.last_profile.chrome_trace(folder / "trace.json")
+    (folder / "kernels").mkdir()
+    for number, launch in enumerate(launched(executable)):
+        path = folder / "kernels" / kernel_file(number, launch)
+        path.write_text(runnable_source(launch), encoding="utf-8")
+
+
+def _write(path: Path, lines: Iterator[str] | list[str]) -> None:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def file_name(name: str) -> str:
+    """A name as the name of a file on any system."""
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)[:60]
+
+
+def kernel_file(number: int, launch: Launch) -> str:
+    """The name of the dumped source of a launch."""
+    return f"{number:02d}_{file_name(launch.node.name)}.py"
+
+
+def graph_text(graph: Graph) -> str:
+    """A graph as text, with the body of each fused node below the graph."""
+    parts = [str(graph)]
+    for node in graph:
+        body = node.attrs.get("body")
+        if isinstance(body, Graph):
+            parts.append(f"{node.name}: {body}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _launch_lines(executable: Executable) -> list[str]:
+    """The launch table as text: kernel, who runs it, buffers with their places, numbers."""
+    plan = executable.graph.annotations["memory"]
+    rows: list[tuple[str, ...]] = []
+    infos = kernels(executable)
+    for number, (info, launch) in enumerate(zip(infos, launched(executable), strict=True)):
+        buffers = [*launch.node.inputs, *launch.node.outputs]
+        places = " ".join(_place(v, plan) for v in buffers)
+        alone = "thread 0" if info.parallel == 0 else "all"
+        values = " ".join(map(str, launch.call.numbers))
+        digest = Path(info.file).stem[:12]
+        rows.append((f"{number:02d}", info.name, info.kind, digest, alone, places, values))
+    head = ("row", "node", "kind", "digest", "threads", "buffers (name@offset)", "numbers")
+    return table(head, rows, left=len(head))
+
+
+def _place(value: Value, plan: Any) -> str:
+    owner = root(value)
+    offset = plan.offset(value)
+    if offset is None:
+        prepared = "prepared" if "prepared" in owner.node.attrs else "in-place"
+        return f"{owner.name}@{owner.node.op if owner.node.op in SOURCES else prepared}"
+    return f"{value.name}@{offset}"

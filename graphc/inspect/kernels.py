@@ -1,0 +1,121 @@
+"""The rows of an executable's launch table: what each kernel computes and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from graphc import errors
+from graphc.codegen.program import Launch
+from graphc.inspect.text import size_text
+from graphc.inspect.work import kernel_flops, launch_bytes
+from graphc.ir import Node
+from graphc.viz.formats import fused_operators
+
+if TYPE_CHECKING:
+    from graphc.runtime.executable import Executable
+
+
+@dataclass(frozen=True)
+class KernelInfo:
+    """One row of the launch table: a kernel and what it is launched for.
+
+    name      of the launch's node in the compiled graph
+    kind      the operator that gives the kernel its structure (conv2d, matmul, sum, ...)
+    phase     "forward", "backward" or "update"
+    nodes     operators that the kernel computes, as "name: op"
+    layer     the user's layer that gives the kernel its structure
+    layers    all the user's layers it computes for, that one first
+    file      readable source; equal kernels share one file
+    loops     (loop, extent) of the loop nest, reductions included
+    lane      the loop in SIMD lanes, None for scalar code
+    tile      (loop, count): unrolled into registers
+    order     outer loops as nested, outermost first
+    parallel  how many of `order` are shared between the threads; 0: one thread runs it alone
+    blocks    of the batch, where it runs block by block with its neighbours; 0: by itself
+    prepared  whether it depends on parameters alone and runs only when they are loaded
+    flops, bytes  work of one launch
+    """
+
+    name: str
+    kind: str
+    phase: str
+    nodes: tuple[str, ...]
+    layer: str
+    layers: tuple[str, ...]
+    file: str
+    loops: tuple[tuple[str, int], ...]
+    lane: str | None
+    tile: tuple[tuple[str, int], ...]
+    order: tuple[str, ...]
+    parallel: int
+    blocks: int
+    prepared: bool
+    flops: int
+    bytes: int
+
+    def __str__(self) -> str:
+        extents = dict(self.loops)
+        loops = " ".join(f"{n}:{e}" for n, e in self.loops) or "none"
+        tile = " x ".join(f"{c} {n}" for n, c in self.tile) or "none"
+        shared = " ".join(self.order[: self.parallel]) or "none (one thread)"
+        if self.blocks:
+            shared = f"{self.blocks} blocks of the batch, each with the whole group"
+        when = "; runs when parameters are loaded" if self.prepared else ""
+        lane = f"{self.lane} ({extents[self.lane]})" if self.lane else "none (scalar)"
+        return (
+            f"{self.name} ({self.kind}, {self.phase}): {', '.join(self.nodes)}\n"
+            f"  loops {loops}\n"
+            f"  lanes {lane}; register tile {tile}; order {' '.join(self.order) or '-'}; "
+            f"shared by threads {shared}{when}\n"
+            f"  {self.flops:,} operations, {size_text(self.bytes)}; {self.file}"
+        )
+
+
+def launched(executable: Executable) -> list[Launch]:
+    """The launches that are rows of the table: those that compute something."""
+    launches: list[Launch] = getattr(executable, "launches", [])
+    return [launch for launch in launches if any(v.type.size for v in launch.node.outputs)]
+
+
+def kernels(executable: Executable) -> list[KernelInfo]:
+    """One entry a launch, in order; empty for an interpreted executable."""
+    paths: dict[str, str] = getattr(executable, "kernel_paths", {})
+    found = []
+    for launch in launched(executable):
+        node, schedule = launch.node, launch.schedule
+        found.append(
+            KernelInfo(
+                node.name,
+                str(node.attrs.get("kind", node.op)),
+                node.origin.phase or "forward",
+                tuple(f"{n.name}: {n.op}" for n in fused_operators(node)),
+                node.origin.layer,
+                _layers(node),
+                paths.get(node.name, ""),
+                tuple((loop.name, loop.extent) for loop in launch.kernel.loops.values()),
+                schedule.lane,
+                tuple(schedule.tile),
+                tuple(schedule.order),
+                schedule.parallel,
+                launch.blocks,
+                "prepared" in node.attrs,
+                kernel_flops(launch.kernel),
+                launch_bytes(launch),
+            )
+        )
+    return found
+
+
+def _layers(node: Node) -> tuple[str, ...]:
+    converted = node.attrs.get("kind") == "convert_layout"  # its body has no origin of the user's
+    nodes = [node] if converted else [node, *fused_operators(node)]
+    return tuple(dict.fromkeys(n.origin.layer for n in nodes if n.origin.layer))
+
+
+def no_kernels(executable: Executable, method: str, what: str = "kernels") -> errors.GraphcError:
+    """The error of a method that needs what only compiled executables have."""
+    return errors.GraphcError(
+        f"{method}: target={executable.target!r} runs NumPy references and has no {what}: "
+        "compile with target='cpu'"
+    )
