@@ -25,6 +25,7 @@ from passes.hoist_parameters import HoistParameters
 from passes.parallelize import Parallelize
 from passes.pipeline import BACKWARD, FORWARD
 from passes.plan_memory import PlanMemory
+from passes.repeat_affine import RepeatAffine
 from passes.schedule import Schedule
 from passes.set_mode import SetMode
 from passes.share_scratch import ShareScratch
@@ -150,6 +151,7 @@ def default_pipeline(layout: str | None = None) -> Pipeline:
     return Pipeline(
         (
             ExplicitPadding(),
+            RepeatAffine(),
             Fuse(),
             AssignLayouts(cpu_target.host_lanes(), layout, can_lower=cpu_target.can_lower),
         )

@@ -108,11 +108,27 @@ def _per_channel(v: Value, rank: int) -> Value:
 
 
 def _statistics(x: Value) -> tuple[Value, Value]:
-    """Mean and biased variance of each channel, as [1,C,1,...]: two passes, exact for data far from
-    0."""
-    axes = _axes(x.rank)
-    mu = mean(x, axis=axes, keepdims=True)
-    return mu, mean(square(sub(x, mu)), axis=axes, keepdims=True)
+    """Mean and biased variance of each channel, as [1,C,1,...], exact for data far from 0.
+
+    Those of each image first, which its own kernel can gather while the image is in the cache; the
+    variance of all is the mean of theirs plus the variance of their means (Chan, Golub & LeVeque
+    1979, for parts of equal size)."""
+    pixels = _axes(x.rank)[1:]
+    each, within = x, None
+    if pixels:
+        each = mean(x, axis=pixels, keepdims=True)
+        within = mean(square(sub(x, each)), axis=pixels, keepdims=True)
+    mu = mean(each, axis=0, keepdims=True)
+    between = square(sub(each, mu))
+    spread = between if within is None else add(within, between)
+    return mu, mean(spread, axis=0, keepdims=True)
+
+
+def _channel_sum(x: Value) -> Value:
+    """Sum over all but channels, as [1,C,1,...]: of each image, then over images."""
+    pixels = _axes(x.rank)[1:]
+    each = reduce_sum(x, axis=pixels, keepdims=True) if pixels else x
+    return reduce_sum(each, axis=0, keepdims=True)
 
 
 def _normalised(
@@ -160,10 +176,8 @@ def _vjp(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | Non
     g, x, weight = cotangents[0], node.inputs[0], node.inputs[1]
     if g is None:
         return (None,) * 5
-    axes = _axes(x.rank)
     unit, inverse, mu, _ = _normalised(node, node.inputs)
-    total = reduce_sum(g, axis=axes, keepdims=True)
-    along = reduce_sum(mul(g, unit), axis=axes, keepdims=True)
+    total, along = _channel_sum(g), _channel_sum(mul(g, unit))
     scale = mul(inverse, _per_channel(weight, x.rank))
     if mu is None:
         gx = mul(g, scale)

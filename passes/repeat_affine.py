@@ -1,0 +1,64 @@
+"""Let every reader compute a scaled and shifted value from the stored value it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from graphc.ir import Graph, Node, Value
+from passes.base import Pass, note
+from passes.eliminate_dead import EliminateDead
+from passes.fuse import REDUCTIONS
+
+AFFINE = frozenset({"add", "sub", "mul"})
+
+
+@dataclass(frozen=True)
+class RepeatAffine(Pass):
+    """Give every reader of x scaled and shifted per channel a copy of those operations of its own.
+
+    Requires: int dimensions, composite operators decomposed; common subexpressions are not to be
+    merged afterwards. Ensures: equal results. x is stored whatever happens, because a reduction
+    reads it as well (batch norm's statistics), and the factors do not depend on the batch: fusion
+    then computes the copies where they are read, and the normalised images, which forward and
+    backward pass share, are never written to memory.
+    """
+
+    def run(self, graph: Graph) -> Graph:
+        affine = _affine_values(graph)
+        repeated = 0
+
+        def fresh(new: Graph, old: Value, made: Value) -> Value:
+            """`made`, the new graph's `old`; one more copy of it where it is affine."""
+            nonlocal repeated
+            if old not in affine:
+                return made
+            repeated += 1
+            inputs = tuple(map(fresh, [new] * 2, old.node.inputs, made.node.inputs))
+            with new.origin(old.node.origin):
+                return new.add(old.node.op, inputs, old.node.attrs, name=old.node.name)[0]
+
+        def visit(new: Graph, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...] | None:
+            if not any(v in affine for v in node.inputs) or node[0] in affine:
+                return None
+            own = [fresh(new, *pair) for pair in zip(node.inputs, inputs, strict=True)]
+            return new.copy_node(node, tuple(own)).outputs
+
+        new = EliminateDead(keep_inputs=True).run(graph.rebuild(visit))
+        note(new, f"{repeated} scaled or shifted values are computed by their readers")
+        return new
+
+
+def _affine_values(graph: Graph) -> set[Value]:
+    """Sums and products of a stored value, or of one of them, with factors of no batch axis."""
+    reduced = {v for node in graph if node.op in REDUCTIONS for v in node.inputs}
+    found: set[Value] = set()
+    for node in graph:
+        if node.op not in AFFINE or node.types[0].rank < 2:
+            continue
+        shape = node.types[0].shape
+        wide = [v for v in node.inputs if v.shape == shape]
+        factors = [v for v in node.inputs if v.shape != shape]
+        constant = all(v.rank < len(shape) or v.shape[0] == 1 for v in factors)
+        if len(wide) == 1 and constant and (wide[0] in reduced or wide[0] in found):
+            found.add(node[0])
+    return found
