@@ -19,8 +19,10 @@ from passes.decompose import Decompose
 from passes.eliminate_common import EliminateCommon
 from passes.eliminate_dead import EliminateDead
 from passes.fold_constants import FoldConstants
+from passes.fuse import Fuse
 from passes.pipeline import BACKWARD, FORWARD, MEMORY
 from passes.plan_memory import PlanMemory
+from passes.repeat_affine import RepeatAffine
 from passes.rewrite import rewrite
 from passes.schedule import Schedule
 from passes.set_mode import SetMode
@@ -33,6 +35,7 @@ PASSES = {
         EliminateCommon(),
         EliminateDead(),
         Decompose(),
+        RepeatAffine(),
         SetMode(training=False),
         Schedule(),
         PlanMemory(),
@@ -337,6 +340,43 @@ def test_training_mode_sets_seed_and_keeps_updates():
     for name in ("mean", "var", "dropout.step"):
         np.testing.assert_allclose(a.updates[name], b.updates[name], rtol=1e-7)
     np.testing.assert_allclose(a.outputs["y"], b.outputs["y"], rtol=1e-6, atol=1e-9)
+
+
+def normalised(x_mean=0.0):
+    """A training step's batch norm with relu after a product, differentiated and decomposed."""
+    graph = Graph("normalised")
+    x, w = graph.input("x", (4, 3, 2, 2)), graph.input("w", (3, 3, 1, 1))
+    stored = ops.conv2d(x, w)
+    state = [graph.state(n, (3,)) for n in ("mean", "var")]
+    weight, bias = graph.parameter("weight", (3,)), graph.parameter("bias", (3,))
+    y = ops.relu(ops.batch_norm(stored, weight, bias, *state)[0])
+    graph.output(loss=ops.sum(y * y * y))
+    data = np.random.default_rng(1).standard_normal((4, 3, 2, 2)) + x_mean
+    graph = SetMode(training=True).run(graph)
+    after = Autodiff("loss", ("w", "weight")).run(graph)
+    inputs = {"x": data, "w": np.eye(3)[..., None, None]}
+    return BACKWARD.run(after)[0], inputs
+
+
+def test_readers_compute_normalised_images():
+    graph, data = normalised()
+    before, after = Fuse().run(graph), Pipeline((RepeatAffine(), Fuse())).run(graph)[0]
+    images = [
+        [v for n in g if n.op == "fused" for v in n.outputs if v.shape == (4, 3, 2, 2)]
+        for g in (before, after)
+    ]
+    # Left: the product, relu's cotangent and the product's.
+    assert len(images[1]) < len(images[0])
+    a, b = (interpret(g, data, STATE, dtype="float64").outputs for g in (before, after))
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=1e-10)
+
+
+def test_batch_statistics_far_from_zero():
+    graph, data = normalised(x_mean=1e4)
+    got = interpret(graph, data, STATE, dtype="float32").outputs
+    expected = interpret(graph, data, STATE, dtype="float64").outputs
+    np.testing.assert_allclose(got["loss"], expected["loss"], rtol=1e-2)
 
 
 def test_explicit_modes_stay():
