@@ -2,7 +2,8 @@
 
 The choice is a small cost model of one core: fused multiply-adds and loads each issue two a cycle,
 a chain of multiply-adds has a latency of four, and values that do not fit the registers are
-spilled. The candidates are enumerated; the cheapest wins. Everything is deterministic.
+spilled. The candidates are enumerated; the cheapest wins, or the fastest of the cheapest few when
+they are measured (`graphc.tuning`). Everything is deterministic.
 """
 
 from __future__ import annotations
@@ -20,7 +21,16 @@ _COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14)
 def choose_schedule(
     kernel: Kernel, lanes: int, threads: int, blocks: str | None = None, together: int = 1
 ) -> Schedule:
-    """The schedule of a kernel whose results already have their layouts.
+    """The schedule of a kernel whose results already have their layouts: the cheapest of
+    `rank_schedules`."""
+    return rank_schedules(kernel, lanes, threads, blocks, together, most=1)[0]
+
+
+def rank_schedules(
+    kernel: Kernel, lanes: int, threads: int, blocks: str | None, together: int, most: int
+) -> list[Schedule]:
+    """Up to `most` schedules of a kernel whose results already have their layouts, the one with the
+    lowest predicted cost first; they differ in their register tiles.
 
     May split loops of the kernel.
     `blocks` names an outermost loop that is shared between threads by itself: the kernel runs
@@ -29,17 +39,17 @@ def choose_schedule(
     _collapse(kernel, _bounded(kernel) | keep)
     fixed = _bounded(kernel)
     lane = _choose_lane(kernel, lanes, fixed)
-    tile = (
-        _choose_tile(kernel, lane, lanes, fixed, {blocks: together})
-        if lane or _main_reduction(kernel)
-        else ()
-    )
-    outer = [n for n in kernel.outer if n != lane]
-    counts = dict(tile)
-    if blocks:
-        return Schedule(lane, tile, tuple(outer), 1)
-    trips = [math.ceil(kernel.loops[n].extent / counts.get(n, 1)) for n in outer]
-    return Schedule(lane, tile, tuple(outer), _shared(trips, threads) if threads > 1 else 0)
+    tiles: list[tuple[tuple[str, int], ...]] = [()]
+    if lane or _main_reduction(kernel):
+        tiles = _rank_tiles(kernel, lane, lanes, fixed, {blocks: together}, most)
+    outer = tuple(n for n in kernel.outer if n != lane)
+    schedules = []
+    for tile in tiles:
+        counts = dict(tile)
+        trips = [math.ceil(kernel.loops[n].extent / counts.get(n, 1)) for n in outer]
+        shared = 1 if blocks else _shared(trips, threads) if threads > 1 else 0
+        schedules.append(Schedule(lane, tile, outer, shared))
+    return schedules
 
 
 def _shared(trips: list[int], threads: int) -> int:
@@ -204,25 +214,31 @@ def _windows(kernel: Kernel, main: Expr) -> tuple[str, ...]:
     )
 
 
-def _choose_tile(
-    kernel: Kernel, lane: str | None, lanes: int, fixed: set[str], limits: dict[str | None, int]
-) -> tuple[tuple[str, int], ...]:
-    """Register tile of the main reduction: at most two outer loops, besides pooling windows.
+def _rank_tiles(
+    kernel: Kernel,
+    lane: str | None,
+    lanes: int,
+    fixed: set[str],
+    limits: dict[str | None, int],
+    most: int,
+) -> list[tuple[tuple[str, int], ...]]:
+    """Register tiles of the main reduction: at most two outer loops, besides pooling windows. Up to
+    `most` of them, the cheapest first.
 
     `limits` caps the count of a loop."""
     main = _main_reduction(kernel)
     if not kernel.trips(kernel.loops):
-        return ()
+        return [()]
     if main is None:
-        return _unrolled(kernel, lane, fixed, limits)
+        return [_unrolled(kernel, lane, fixed, limits)]
     operands = [_operand(factor) for factor in _factors(main)]
     used = kernel.free(main)
     windows = _windows(kernel, main)
     if any(n in fixed or kernel.loops[n].ragged for n in windows):
-        return ()
+        return [()]
     whole = _constant_matrix(kernel, main, lane, fixed)
     if whole:
-        return whole
+        return [whole]
     base = [(n, kernel.loops[n].extent) for n in windows]
     blocks = {loop.block for loop in kernel.loops.values() if loop.ragged}
     candidates = [
@@ -245,7 +261,7 @@ def _choose_tile(
             and kernel.loops[block].extent > 1
         ):
             candidates.append(block)
-    best, best_cost = tuple(base), math.inf
+    costs: dict[tuple[tuple[str, int], ...], float] = {}
     for pair in itertools.combinations(candidates, min(2, len(candidates))):
         for counts in itertools.product(*[_options(kernel, n, limits) for n in pair]):
             chosen = dict(zip(pair, counts, strict=True))
@@ -253,9 +269,8 @@ def _choose_tile(
                 continue
             tile = [(n, chosen[n]) for n in kernel.outer if chosen.get(n, 1) > 1] + base
             cost = _tile_cost(kernel, main, operands, tile, lane, lanes)
-            if cost < best_cost - 1e-9:
-                best, best_cost = tuple(tile), cost
-    return best
+            costs.setdefault(tuple(tile), round(cost, 9))
+    return sorted(costs, key=costs.__getitem__)[:most] or [tuple(base)]
 
 
 def _lane_accesses(kernel: Kernel, lane: str) -> list[Access]:
