@@ -174,6 +174,29 @@ def test_process_killed_in_the_middle_of_a_put(tmp_path: Path) -> None:
     assert not leftover.exists()
 
 
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "other key"])
+def test_notes_are_kept_unless_damaged(
+    cache: KernelCache, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    key, other = cache.key("first"), cache.key("second")
+    assert cache.get_note(key) is None and not caplog.records
+    document = {"tile": [["i0", 4], ["i1", 3]], "microseconds": 1.5}
+    cache.put_note(key, document)
+    assert cache.get_note(key) == document and cache.size() > 0
+    path = cache.folder / f"{key}.note"
+    data = path.read_bytes()
+    if damage == "other key":
+        path.rename(cache.folder / f"{other}.note")
+        key = other
+    else:
+        path.write_bytes(
+            {"flipped": data.replace(b"3", b"5"), "cut": data[:-1], "empty": b""}[damage]
+        )
+    assert cache.get_note(key) is None and "damaged" in caplog.text
+    cache.clear()
+    assert cache.size() == 0
+
+
 # ---- trust and places
 
 

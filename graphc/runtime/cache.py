@@ -1,4 +1,5 @@
-"""Kernels on disk: `<key>.py`, the generated source, and `<key>.obj`, its object code.
+"""Kernels on disk: `<key>.py`, the generated source, and `<key>.obj`, its object code; and
+`<key>.note`, what was measured with `tune=True`.
 
 A program whose kernels are all here starts without Numba. The key covers all that shapes the
 object code, so an entry never goes stale; files are replaced atomically and carry a digest, so any
@@ -11,6 +12,7 @@ where someone else could have written it.
 import contextlib
 import functools
 import hashlib
+import json
 import logging
 import os
 import platform
@@ -21,7 +23,7 @@ import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from graphc.errors import CacheError
 
@@ -110,7 +112,8 @@ def _platform_digest(environment: tuple[str, ...]) -> str:
 
 
 class KernelCache:
-    """A folder of kernels. Without a usable folder every `get` misses and `put` does nothing.
+    """A folder of kernels and of notes on them. Without a usable folder every `get` misses and
+    `put` does nothing.
 
     Safe for concurrent use by threads and processes. `GRAPHC_CACHE=0` disables it,
     `GRAPHC_CACHE_MAX_MB` (512) bounds it: the least recently used kernels go first.
@@ -192,6 +195,30 @@ class KernelCache:
                 self._replace(f"{key}.py", source.encode())
             except OSError as error:
                 self._warn(self.folder, error)
+
+    def get_note(self, key: str) -> Any:
+        """The document of a note, or None if it is absent or damaged."""
+        path = self.folder / f"{key}.note" if self.folder else None
+        data = _read(path) if path else None
+        if path is None or data is None:
+            return None
+        digest, _, text = data.partition(b"\n")
+        if digest != _digest(key, b"", text).hex().encode():
+            log.warning("%s is damaged; it is measured again", path)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return json.loads(text)
+
+    def put_note(self, key: str, document: Any) -> None:
+        """Stores a small JSON document, whole or not at all."""
+        if self.folder is None:
+            return
+        text = json.dumps(document).encode()
+        try:
+            self._replace(f"{key}.note", _digest(key, b"", text).hex().encode() + b"\n" + text)
+        except OSError as error:
+            self._warn(self.folder, error)
 
     def size(self) -> int:
         """Bytes on disk."""
@@ -279,7 +306,9 @@ def _is_ours(name: str) -> bool:
     if suffix == "json":
         return stem.startswith("machine-")  # see graphc.bench.machine
     return (
-        suffix in ("py", "obj") and len(stem) == 64 and all(c in "0123456789abcdef" for c in stem)
+        suffix in ("py", "obj", "note")
+        and len(stem) == 64
+        and all(c in "0123456789abcdef" for c in stem)
     )
 
 
