@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -84,7 +86,7 @@ def compile(
     @called_from(caller())
     def shaped(
         observer: Observer | None = None,
-    ) -> tuple[Graph, dict[str, Any], tuple[PassRecord, ...]]:
+    ) -> tuple[Graph, tuple[PassRecord, ...]]:
         """Every pass; `Executable.dump` runs them again, with an observer."""
         joint, records = transform(
             declared,
@@ -99,9 +101,9 @@ def compile(
             observer,
         )
         if target == "interpret":
-            return joint, {}, records
+            return joint, records
         fused, more = (pipeline or default_pipeline()).run(joint, observer=observer)
-        kernels = cpu_target.lower_graph(fused)
+        cpu_target.lower_graph(fused)
         planned, final = memory_pipeline(cores, check).run(fused, observer=observer)
         if limit is not None and planned.annotations["memory"].arena_bytes > limit:
             # Values of a group all live at once: without groups the plan is as small as it gets.
@@ -113,21 +115,34 @@ def compile(
                     f"memory_limit={memory_limit!r}: graph {graph.name!r} needs {least} bytes of "
                     f"activations at least ({least / 1e6:.1f} MB); use a smaller batch or raise it"
                 )
-        kernels |= cpu_target.lower_scratch(planned)
-        return planned, kernels, (*records, *more, *final)
+        return planned, (*records, *more, *final)
 
     if target == "interpret":
-        joint, _, records = shaped()
+        joint, records = shaped()
         executable: Executable = InterpretedExecutable(joint, seed)
     else:
-        planned, kernels, records = shaped()
-        launches = cpu_target.plan_launches(planned, kernels, cpu_target.host_lanes(), cores)
+        with _collector_paused():
+            planned, records = shaped()
+            launches = cpu_target.plan_launches(planned, cpu_target.host_lanes(), cores)
         executable = CpuExecutable(planned, launches, cores, seed, _progress(), check=check)
     executable.records, executable.replay = records, shaped
     if log.isEnabledFor(logging.INFO):
         for info in executable.kernels():
             log.info("%s", info)
     return executable
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No cyclic garbage collection inside: graphs are all cycles and most of them stay in use, so
+    that looking through them again and again would take half of the passes' time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _bytes(limit: int | str | None) -> int | None:

@@ -3,7 +3,7 @@
 A `Graph` is an ordered list of `Node`s in static single assignment form: iteration order is
 insertion order and every operand is defined before its use. Edges of `Graph.nx` carry the operand
 slot and the producer's output index, so that `x * x` and operand order survive any networkx
-algorithm.
+algorithm. They are entered when `Graph.nx` is asked for: most graphs between two passes never are.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import networkx
 import numpy as np
 
 from graphc import errors
+from graphc.node import Node, Value
 from graphc.origins import called_from, caller
 from graphc.text import format_node, freeze
 from graphc.types import (
@@ -62,144 +63,6 @@ SOURCES = ("input", "parameter", "state", "constant")
 NAMED_SOURCES = ("input", "parameter", "state")
 
 
-class Node:
-    """One operator application. Created by `Graph.add` only; treat its fields as read-only."""
-
-    __slots__ = ("graph", "name", "op", "inputs", "attrs", "types", "origin", "layouts")
-
-    def __init__(
-        self,
-        graph: Graph,
-        name: str,
-        op: str,
-        inputs: tuple[Value, ...],
-        attrs: dict[str, Any],
-        types: tuple[TensorType, ...],
-        origin: Origin,
-    ):
-        self.graph = graph
-        self.name = name
-        self.op = op
-        self.inputs = inputs
-        self.attrs = attrs
-        self.types = types
-        self.origin = origin
-        self.layouts: tuple[Layout, ...] = (ROWS,) * len(types)
-
-    @property
-    def outputs(self) -> tuple[Value, ...]:
-        return tuple(Value(self, i) for i in range(len(self.types)))
-
-    def __getitem__(self, index: int) -> Value:
-        return Value(self, index)
-
-    def describe(self) -> str:
-        """`conv2 (conv2d, lenet.py:31)`: how errors name this node."""
-        where = f", {self.origin}" if self.origin.file else ""
-        return f"{self.name} ({self.op}{where})"
-
-    def __repr__(self) -> str:
-        return format_node(self)
-
-
-class Value:
-    """One output of a node; what users compute with."""
-
-    __slots__ = ("node", "index")
-
-    def __init__(self, node: Node, index: int = 0):
-        self.node = node
-        self.index = index
-
-    @property
-    def type(self) -> TensorType:
-        return self.node.types[self.index]
-
-    @property
-    def shape(self) -> tuple[Dimension, ...]:
-        return self.type.shape
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """`shape` where every dimension is bound. Raises UnboundDimensionError."""
-        return self.type.sizes
-
-    @property
-    def dtype(self) -> str:
-        return self.type.dtype
-
-    @property
-    def rank(self) -> int:
-        return len(self.type.shape)
-
-    @property
-    def graph(self) -> Graph:
-        return self.node.graph
-
-    @property
-    def name(self) -> str:
-        return self.node.name if len(self.node.types) == 1 else f"{self.node.name}:{self.index}"
-
-    @property
-    def layout(self) -> Layout:
-        return self.node.layouts[self.index]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Value) and self.node is other.node and self.index == other.index
-
-    def __hash__(self) -> int:
-        return hash((id(self.node), self.index))
-
-    def __repr__(self) -> str:
-        return f"%{self.name}: {self.type}"
-
-    def __bool__(self) -> bool:
-        raise self._refused("has no truth value while the graph is declared; use gc.where")
-
-    def __iter__(self) -> NoReturn:
-        raise self._refused("cannot be iterated; use slices or gc.split")
-
-    def __array__(self, *_: Any, **__: Any) -> NoReturn:
-        raise self._refused("holds no data; compile and run the graph")
-
-    def _refused(self, reason: str) -> errors.DeclarationError:
-        return errors.DeclarationError(
-            f"{self.node.describe()}: a value of a static graph {reason}"
-        )
-
-    # Operators are methods of the op library: graphc.ops.operators binds them when it is imported.
-    # `==` and `!=` stay identity.
-    if TYPE_CHECKING:
-        __array_ufunc__: ClassVar[None]
-
-        def __add__(self, other: Any) -> Value: ...
-        def __radd__(self, other: Any) -> Value: ...
-        def __sub__(self, other: Any) -> Value: ...
-        def __rsub__(self, other: Any) -> Value: ...
-        def __mul__(self, other: Any) -> Value: ...
-        def __rmul__(self, other: Any) -> Value: ...
-        def __truediv__(self, other: Any) -> Value: ...
-        def __rtruediv__(self, other: Any) -> Value: ...
-        def __pow__(self, other: Any) -> Value: ...
-        def __rpow__(self, other: Any) -> Value: ...
-        def __matmul__(self, other: Any) -> Value: ...
-        def __rmatmul__(self, other: Any) -> Value: ...
-        def __lt__(self, other: Any) -> Value: ...
-        def __le__(self, other: Any) -> Value: ...
-        def __gt__(self, other: Any) -> Value: ...
-        def __ge__(self, other: Any) -> Value: ...
-        def __neg__(self) -> Value: ...
-        def __abs__(self) -> Value: ...
-        def __getitem__(self, key: Any) -> Value: ...
-        def sum(self, axis: Axis = None, keepdims: bool = False) -> Value: ...
-        def mean(self, axis: Axis = None, keepdims: bool = False) -> Value: ...
-        def max(self, axis: Axis = None, keepdims: bool = False) -> Value: ...
-        def min(self, axis: Axis = None, keepdims: bool = False) -> Value: ...
-        def reshape(self, *sizes: Dimension | Iterable[Dimension]) -> Value: ...
-        def transpose(self, *axes: int | Iterable[int]) -> Value: ...
-        def astype(self, dtype: str) -> Value: ...
-
-
 def is_view(node: Node) -> bool:
     """Whether the node's result is its operand's memory under another shape."""
     return node.op == "reshape"
@@ -221,7 +84,9 @@ class Graph:
 
     def __init__(self, name: str = "graph"):
         self.name = name
-        self.nx = networkx.MultiDiGraph(name=name)
+        self._nodes: dict[str, Node] = {}
+        self._nx = networkx.MultiDiGraph(name=name)
+        self._unlinked: list[Node] = []  # nodes that are not in `_nx` yet
         self.outputs: dict[str, Value] = {}
         self.updates: dict[str, Value] = {}
         self.annotations: dict[str, Any] = {}
@@ -233,43 +98,53 @@ class Graph:
     # ---- reading
 
     @property
+    def nx(self) -> networkx.MultiDiGraph:
+        """The graph for networkx's algorithms; to be read, not changed."""
+        for node in self._unlinked:
+            self._nx.add_node(node.name, node=node)
+            for slot, value in enumerate(node.inputs):
+                self._nx.add_edge(value.node.name, node.name, slot=slot, output=value.index)
+        self._unlinked.clear()
+        return self._nx
+
+    @property
     def nodes(self) -> list[Node]:
         """All nodes in execution order."""
-        return [data["node"] for _, data in self.nx.nodes(data=True)]
+        return list(self._nodes.values())
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self.nodes)
 
     def __len__(self) -> int:
-        return self.nx.number_of_nodes()
+        return len(self._nodes)
 
     def __contains__(self, name: str) -> bool:
-        return name in self.nx
+        return name in self._nodes
 
     def node(self, name: str) -> Node:
         """The node called `name`. Raises NameLookupError with the nearest names."""
-        if name not in self.nx:
+        if name not in self._nodes:
             import difflib
 
-            known = list(dict.fromkeys([*self.outputs, *self.nx]))
+            known = list(dict.fromkeys([*self.outputs, *self._nodes]))
             near = difflib.get_close_matches(name, known, n=3)
             hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
             raise errors.NameLookupError(
                 f"graph {self.name!r} has no output and no node {name!r}{hint}"
             )
-        return self.nx.nodes[name]["node"]
+        return self._nodes[name]
 
     def value(self, name: str) -> Value:
         """The value called `name`: an output name, a node name, or `node:index`."""
         if name in self.outputs:
             return self.outputs[name]
         base, _, index = name.rpartition(":")
-        if base in self.nx and index.isdigit():
+        if base in self._nodes and index.isdigit():
             return self.node(base)[int(index)]
         return self.node(name)[0]
 
     def _sources(self, op: str) -> dict[str, Node]:
-        return {n.name: n for n in self.nodes if n.op == op}
+        return {n.name: n for n in self._nodes.values() if n.op == op}
 
     @property
     def inputs(self) -> dict[str, Node]:
@@ -287,7 +162,7 @@ class Graph:
         """(consumer, operand slot) of every use of a value, in insertion order of the edges."""
         name = value.node.name
         return [
-            (self.nx.nodes[consumer]["node"], data["slot"])
+            (self._nodes[consumer], data["slot"])
             for _, consumer, data in self.nx.out_edges(name, data=True)
             if data["output"] == value.index
         ]
@@ -348,7 +223,8 @@ class Graph:
     def output(self, **values: Value) -> None:
         """Name values that executables may return."""
         for name, value in values.items():
-            self._own(value, f"output {name!r}")
+            if value.graph is not self:
+                self._refuse(value, f"output {name!r}")
             self.outputs[name] = value
 
     def update(self, name: str, value: Value) -> None:
@@ -392,13 +268,20 @@ class Graph:
                     f"{node.describe()}: operand {slot} is {type(value).__name__}, "
                     f"not a value of the graph"
                 )
-            self._own(value, f"operand {slot} of {node.describe()}")
-        node.types = self._infer(node)
-        node.layouts = (ROWS,) * len(node.types)
-        self.nx.add_node(unique, node=node)
-        for slot, value in enumerate(inputs):
-            self.nx.add_edge(value.node.name, unique, slot=slot, output=value.index)
+            if value.graph is not self:
+                self._refuse(value, f"operand {slot} of {node.describe()}")
+        node.set_types(self._infer(node))
+        return self._append(node)
+
+    def _append(self, node: Node) -> Node:
+        self._nodes[node.name] = node
+        self._unlinked.append(node)
         return node
+
+    def remove(self, node: Node) -> None:
+        """Remove a node that nothing reads."""
+        self.nx.remove_node(node.name)
+        del self._nodes[node.name]
 
     def _infer(self, node: Node) -> tuple[TensorType, ...]:
         if node.op in SOURCES:
@@ -414,15 +297,13 @@ class Graph:
             operands = ", ".join(f"{v.name!r} {v.type}" for v in node.inputs)
             raise type(error)(f"{node.describe()}: {error} (operands: {operands})") from None
 
-    def _own(self, value: Value, what: str) -> None:
-        if value.graph is not self:
-            raise errors.DeclarationError(
-                f"{what}: {value.name!r} belongs to graph {value.graph.name!r}, "
-                f"not to {self.name!r}"
-            )
+    def _refuse(self, value: Value, what: str) -> NoReturn:
+        raise errors.DeclarationError(
+            f"{what}: {value.name!r} belongs to graph {value.graph.name!r}, not to {self.name!r}"
+        )
 
     def _unique(self, base: str, exact: bool = False) -> str:
-        if base not in self.nx and (exact or base not in self._reserved):
+        if base not in self._nodes and (exact or base not in self._reserved):
             return base
         if exact:
             raise errors.DeclarationError(
@@ -431,7 +312,7 @@ class Graph:
         while True:
             self._counters[base] = self._counters.get(base, 0) + 1
             candidate = f"{base}_{self._counters[base]}"
-            if candidate not in self.nx and candidate not in self._reserved:
+            if candidate not in self._nodes and candidate not in self._reserved:
                 return candidate
 
     @contextlib.contextmanager
@@ -469,26 +350,34 @@ class Graph:
         mapping: dict[Value, Value] = {}
         for node in self.nodes:
             inputs = tuple(mapping[v] for v in node.inputs)
-            with new.origin(node.origin):
-                values = visit(new, node, inputs) if visit else None
-                if values is None:
-                    values = new.copy_node(node, inputs).outputs
-            for old, value in zip(node.outputs, values, strict=True):
-                mapping[old] = value
-        new._reserved = frozenset()
+            new._origin = node.origin
+            values = visit(new, node, inputs) if visit else None
+            if values is None:
+                values = new.copy_node(node, inputs).outputs
+            mapping.update(zip(node.outputs, values, strict=True))
+        new._origin, new._reserved = None, frozenset()
         new.outputs = {k: mapping[v] for k, v in self.outputs.items()}
         new.updates = {k: mapping[v] for k, v in self.updates.items()}
         return new
 
     def copy_node(self, node: Node, inputs: tuple[Value, ...]) -> Node:
         """Append a copy of a node of another graph, keeping name, origin and layouts."""
-        with self.origin(node.origin):
-            copy = self.add(node.op, inputs, node.attrs, name=node.name)
+        if all(new.type == old.type for new, old in zip(inputs, node.inputs, strict=True)):
+            exact = node.op in NAMED_SOURCES
+            name, attrs = self._unique(node.name, exact), dict(node.attrs)
+            copy = Node(self, name, node.op, inputs, attrs, node.types, node.origin)
+            for slot, value in enumerate(inputs):
+                if value.graph is not self:
+                    self._refuse(value, f"operand {slot} of {copy.describe()}")
+            self._append(copy)
+        else:
+            with self.origin(node.origin):
+                copy = self.add(node.op, inputs, node.attrs, name=node.name)
         copy.layouts = node.layouts
         return copy
 
     def copy(self) -> Graph:
-        return self.rebuild()
+        return self.reordered(self.nodes)
 
     def subgraph(self, keep: Iterable[Value]) -> Graph:
         """A new graph of the nodes that `keep` needs, inputs included, order preserved."""
@@ -499,13 +388,16 @@ class Graph:
             if node.name not in needed:
                 needed.add(node.name)
                 stack.extend(v.node for v in node.inputs)
+        return self.reordered(node for node in self.nodes if node.name in needed)
+
+    def reordered(self, order: Iterable[Node]) -> Graph:
+        """A new graph of these nodes, operands before their readers, and of their results."""
         new = Graph(self.name)
         new.annotations = dict(self.annotations)
         mapping: dict[Value, Value] = {}
-        for node in self.nodes:
-            if node.name in needed:
-                copy = new.copy_node(node, tuple(mapping[v] for v in node.inputs))
-                mapping.update(zip(node.outputs, copy.outputs, strict=True))
+        for node in order:
+            copy = new.copy_node(node, tuple(mapping[v] for v in node.inputs))
+            mapping.update(zip(node.outputs, copy.outputs, strict=True))
         new.outputs = {k: mapping[v] for k, v in self.outputs.items() if v in mapping}
         new.updates = {k: mapping[v] for k, v in self.updates.items() if v in mapping}
         return new

@@ -237,7 +237,7 @@ class _Assign:
         return copy
 
     def _again(self, copy: Node, inputs: tuple[Value, ...]) -> Node:
-        self.new.nx.remove_node(copy.name)
+        self.new.remove(copy)
         fresh = self.new.copy_node(copy, inputs)
         fresh.layouts = (ROWS,) * len(fresh.types)
         return fresh

@@ -199,4 +199,4 @@ def _discard_unused(graph: Graph, start: int, keep: Sequence[Value]) -> None:
         if node.op in SOURCES and node.op != "constant":
             continue
         if node.name not in kept and graph.nx.out_degree(node.name) == 0:
-            graph.nx.remove_node(node.name)
+            graph.remove(node)

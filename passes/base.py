@@ -174,7 +174,7 @@ def verify_graph(graph: Graph, when: str = "", origins: set[Origin] | None = Non
         raise InvalidGraphError(f"{where}{node.describe()}: {reason}")
 
     defined: set[str] = set()
-    for key, node in zip(graph.nx, graph.nodes, strict=True):
+    for key, node in graph.nx.nodes(data="node"):
         if node.name != key or node.graph is not graph:
             fail(node, f"is filed as {key!r} or belongs to another graph")
         for slot, value in enumerate(node.inputs):

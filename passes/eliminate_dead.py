@@ -24,6 +24,7 @@ class EliminateDead(Pass):
         if self.keep_inputs:
             kept += [node[0] for node in graph.inputs.values()]
         names = {value.node.name for value in kept}
-        if all(name in names or graph.nx.out_degree(name) for name in graph.nx):
+        names |= {value.node.name for node in graph for value in node.inputs}
+        if len(names) == len(graph):
             return graph  # Only a node that nothing reads can be the last of a dead chain.
         return graph.subgraph(kept)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from graphc.ir import SOURCES, Graph, Node, is_view
 from passes.base import Pass, note
 from passes.liveness import storage_bytes
-from passes.schedule import edges, reordered
+from passes.schedule import edges
 
 # A group must be worth its simultaneous lifetimes.
 SHORTEST = 2
@@ -33,7 +33,7 @@ class Parallelize(Pass):
 
     def run(self, graph: Graph) -> Graph:
         counts = {n.name: self.blocks(n) for n in graph if n.op == "fused"}
-        new = reordered(graph, _order(graph, counts))
+        new = graph.reordered(_order(graph, counts))
         groups = _groups(new, counts)
         new.annotations["groups"] = tuple(
             (self._shares(new, blocks, names), names) for blocks, names in groups

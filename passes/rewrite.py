@@ -69,7 +69,7 @@ class Match:
         node = value.node
         if self.sweep.uses[value] != 1 or self.graph.nx.out_degree(node.name) != 0:
             return None
-        self.graph.nx.remove_node(node.name)
+        self.graph.remove(node)
         return node
 
 

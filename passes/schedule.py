@@ -28,7 +28,7 @@ class Schedule(Pass):
     updates_in_place: bool = False
 
     def run(self, graph: Graph) -> Graph:
-        candidate = reordered(graph, self._order(graph))
+        candidate = graph.reordered(self._order(graph))
         before, after = self._peak(graph), self._peak(candidate)
         new = candidate if after < before else graph.copy()
         chosen = min(before, after)
@@ -131,16 +131,3 @@ def _readers(graph: Graph, value: Value) -> list[Node]:
             else:
                 found[node.name] = node
     return list(found.values())
-
-
-def reordered(graph: Graph, order: list[Node]) -> Graph:
-    """The same graph with its nodes in another order."""
-    new = Graph(graph.name)
-    new.annotations = dict(graph.annotations)
-    mapping: dict[Value, Value] = {}
-    for node in order:
-        copy = new.copy_node(node, tuple(mapping[v] for v in node.inputs))
-        mapping.update(zip(node.outputs, copy.outputs, strict=True))
-    new.outputs = {k: mapping[v] for k, v in graph.outputs.items()}
-    new.updates = {k: mapping[v] for k, v in graph.updates.items()}
-    return new

@@ -32,7 +32,7 @@ def fused(graph: Graph) -> Graph:
 def sources(graph: Graph) -> str:
     """The kernels of a graph in order, for one width and one thread."""
     shaped = fused(graph)
-    launches = target.plan_launches(shaped, target.lower_graph(shaped), LANES, 1)
+    launches = target.plan_launches(shaped, LANES, 1)
     kernels = [f"# {launch.node.describe()}\n{launch.call.source}" for launch in launches]
     return re.sub(r"(\.py):\d+", r"\1", "\n".join(kernels))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc as collector
 import threading
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ import pytest
 
 import graphc as gc
 from graphc import errors
+from graphc.codegen import lower, program
 from graphc.expr import call
 from graphc.ops import registry
 
@@ -351,6 +353,30 @@ def test_compile_from_many_python_threads():
     for thread in compilers:
         thread.join()
     assert all(error is not None and error < 1e-5 for error in found)
+
+
+def test_regions_of_one_structure_are_lowered_once(monkeypatch):
+    g = gc.Graph("deep")
+    h = g.input("x", (3, 5))
+    for i in range(6):
+        h = gc.relu(gc.nn.linear(h, 5, name=f"fc{i}"))
+    g.output(y=h)
+    lowered = []
+
+    def lower_region(name, *region):
+        lowered.append(name)
+        return lower.lower_region(name, *region)
+
+    monkeypatch.setattr(program, "lower_region", lower_region)
+    monkeypatch.setattr(program, "_lowered", {})
+    exe = gc.compile(g, outputs=["y"])
+    assert collector.isenabled()
+    products = [launch for launch in exe.launches if launch.node.attrs["kind"] == "matmul"]
+    assert len(products) == 6 and len({launch.call.source for launch in products}) == 1
+    assert len(lowered) == 1
+    reference = gc.compile(g, outputs=["y"], target="interpret")
+    x = np.random.default_rng(0).standard_normal((3, 5), np.float32)
+    np.testing.assert_allclose(exe(x=x)["y"], reference(x=x)["y"], rtol=1e-5, atol=1e-6)
 
 
 def test_second_executable_shares_kernels_but_no_memory():

@@ -70,6 +70,31 @@ def test_operand_order_and_repeated_operands_are_on_the_edges():
     assert [slot for _, slot in graph.users(x)] == [0, 1]
 
 
+def test_networkx_graph_follows_the_nodes():
+    graph = Graph("grows")
+    x = graph.input("x", (2,))
+    assert list(graph.nx) == ["x"]
+    y = ops.neg(x)
+    z = ops.neg(y)
+    assert list(graph.nx.edges()) == [("x", "neg"), ("neg", "neg_1")]
+    graph.remove(z.node)
+    assert list(graph.nx) == ["x", "neg"] and not graph.users(y)
+    assert [node.name for node in graph] == list(graph.nx) and "neg_1" not in graph
+
+
+def test_copies_keep_layouts_and_recompute_types_that_change():
+    graph = Graph("source")
+    y = ops.neg(graph.input("x", (2, 3)))
+    y.node.layouts = (Layout(1, 8),)
+    same, other = Graph("same"), Graph("other")
+    copy = same.copy_node(y.node, (same.input("x", (2, 3)),))
+    assert copy.types == y.node.types and copy.layouts == y.node.layouts
+    assert copy.attrs is not y.node.attrs and copy.origin == y.node.origin
+    assert other.copy_node(y.node, (other.input("x", (5,)),)).types[0].shape == (5,)
+    with pytest.raises(errors.DeclarationError, match="belongs to graph 'source'"):
+        same.copy_node(y.node, y.node.inputs)
+
+
 def test_names_are_unique_and_sources_keep_theirs():
     graph = Graph("names")
     x = graph.input("x", (2,))

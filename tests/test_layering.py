@@ -55,13 +55,14 @@ def test_only_compile_imports_passes(file):
 
 def test_the_graph_stands_alone():
     """ir, its parts, expr and errors need nothing of graphc at import but each other."""
-    parts = {"graphc.errors", "graphc.origins", "graphc.text", "graphc.types"}
+    parts = {f"graphc.{name}" for name in ("errors", "node", "origins", "text", "types")}
     below_ir = (
         ("errors", set()),
         ("expr", set()),
         ("types", {"graphc.errors"}),
         ("origins", {"graphc.types"}),
         ("text", {"graphc.types"}),
+        ("node", {"graphc.errors", "graphc.text", "graphc.types"}),
         ("ir", parts),
     )
     for name, allowed in below_ir:

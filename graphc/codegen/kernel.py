@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from graphc.expr import Expr, Index
 
@@ -70,7 +70,6 @@ class Kernel:
     outer: tuple[str, ...]
     buffers: tuple[Buffer, ...]
     stores: tuple[Store, ...]
-    text: str = ""
     _free: dict[int, frozenset[str]] = field(default_factory=dict, repr=False)
 
     def free(self, expr: Expr) -> frozenset[str]:
@@ -104,6 +103,10 @@ class Kernel:
         for store in self.stores:
             visit(store.expr)
         return list(seen.values())
+
+    def copy(self) -> Kernel:
+        """A kernel whose loops can be changed without changing this one's."""
+        return replace(self, loops=dict(self.loops), _free=dict(self._free))
 
     def trips(self, loops: Iterable[str]) -> int:
         """How many times nested `loops` run their body."""

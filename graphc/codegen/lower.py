@@ -127,9 +127,7 @@ class _Pull:
             for i, n in enumerate(self.body.inputs.values())
         ]
         buffers += [Buffer(f"out{i}", v.dtype, True) for i, v in enumerate(self.results)]
-        return Kernel(
-            self.name, self.loops, tuple(outer_loops), tuple(buffers), tuple(stores), str(self.body)
-        )
+        return Kernel(self.name, self.loops, tuple(outer_loops), tuple(buffers), tuple(stores))
 
     # ---- loops
 

@@ -1,11 +1,15 @@
 """From a fused graph to kernels.
 
-Lower every region, choose schedules, render source, collect launches.
+Lower every region, choose schedules, render source, collect launches. Networks repeat themselves,
+and passes ask how a region would be lowered before the layouts are settled: regions of one
+structure are lowered and scheduled once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any, Final
 
 from graphc import errors
 from graphc.codegen.cpu import CompiledCall, render
@@ -13,6 +17,7 @@ from graphc.codegen.kernel import Kernel, Schedule
 from graphc.codegen.lower import CannotLower, lower_region
 from graphc.codegen.schedule import choose_schedule
 from graphc.ir import SOURCES, Graph, Node, label_body, root
+from graphc.ops.registry import get
 
 
 @dataclass(frozen=True)
@@ -26,12 +31,55 @@ class Launch:
     blocks: int = 0  # of a group that runs block by block; 0: by itself
 
 
+_Key = tuple[Hashable, ...]
+_Scheduled = tuple[Kernel, Schedule, CompiledCall]
+# By structure, for the life of the process; emptied when full.
+_lowered: dict[_Key, Kernel] = {}
+_scheduled: dict[_Key, _Scheduled] = {}
+_MOST: Final = 4096
+
+
+def _structure(node: Node) -> _Key:
+    """What the kernel of a fused region depends on."""
+    body: Graph = node.attrs["body"]
+    if "structure" not in body.annotations:
+        rules = frozenset(get(n.op).lower for n in body if n.op not in SOURCES)
+        body.annotations["structure"] = (body.fingerprint(), rules)
+    layouts = (*(v.layout for v in node.inputs), *node.layouts)
+    return (body.annotations["structure"], node.attrs["outer"], layouts)
+
+
 def lower_node(node: Node) -> Kernel:
     """The kernel of one fused region, for the layouts its operands and results have.
 
-    Raises CannotLower."""
+    Regions of one structure share it: it is not to be changed. Raises CannotLower."""
+    key = _structure(node)
     label_body(node)
-    return lower_region(node.name, node.attrs["body"], node.attrs["outer"])
+    kernel = _lowered.get(key)
+    if kernel is None:
+        kernel = lower_region(node.name, node.attrs["body"], node.attrs["outer"])
+        _remember(_lowered, key, kernel)
+    return kernel
+
+
+def _schedule(node: Node, lanes: int, threads: int, count: int) -> _Scheduled:
+    """The kernel of a region as it runs; `count`: blocks of the group it is in, or 0."""
+    key = (*_structure(node), lanes, threads, count)
+    scheduled = _scheduled.get(key)
+    if scheduled is None:
+        kernel = lower_node(node).copy()
+        block = kernel.outer[0] if count else None
+        together = kernel.loops[block].extent // count if block else 1
+        schedule = choose_schedule(kernel, lanes, threads, block, together)
+        scheduled = kernel, schedule, render(kernel, schedule, lanes)
+        _remember(_scheduled, key, scheduled)
+    return scheduled
+
+
+def _remember(memory: dict[_Key, Any], key: _Key, value: Any) -> None:
+    if len(memory) >= _MOST:
+        memory.clear()
+    memory[key] = value
 
 
 def can_lower(node: Node) -> bool:
@@ -42,17 +90,15 @@ def can_lower(node: Node) -> bool:
     return True
 
 
-def lower_graph(graph: Graph) -> dict[str, Kernel]:
-    """The kernel of every fused region by node name. Marks regions that may overwrite an operand.
+def lower_graph(graph: Graph) -> None:
+    """Mark the regions that may overwrite an operand.
 
     Raises CompileError listing every region that cannot be lowered."""
-    kernels: dict[str, Kernel] = {}
     failures = []
     for node in graph:
         if node.op == "fused":
             try:
-                kernels[node.name] = lower_node(node)
-                node.attrs["inplace"] = overwritable(kernels[node.name], node)
+                node.attrs["inplace"] = overwritable(lower_node(node), node)
             except CannotLower as error:
                 failures.append(f"{node.describe()}: {error}")
     if failures:
@@ -61,16 +107,6 @@ def lower_graph(graph: Graph) -> dict[str, Kernel]:
         raise errors.CompileError(
             f"{len(failures)} nodes cannot be compiled:\n  " + "\n  ".join(failures)
         )
-    return kernels
-
-
-def lower_scratch(graph: Graph) -> dict[str, Kernel]:
-    """Kernels of the regions that use scratch memory, which passes after `lower_graph` decide."""
-    return {
-        node.name: lower_node(node)
-        for node in graph
-        if node.op == "fused" and any(v.layout.copies for v in (*node.inputs, *node.outputs))
-    }
 
 
 def overwritable(kernel: Kernel, node: Node) -> tuple[tuple[int, int], ...]:
@@ -155,9 +191,7 @@ def blocks(node: Node) -> int | None:
 _CACHE_BYTES = 400_000
 
 
-def plan_launches(
-    graph: Graph, kernels: dict[str, Kernel], lanes: int, threads: int
-) -> list[Launch]:
+def plan_launches(graph: Graph, lanes: int, threads: int) -> list[Launch]:
     """Schedules and sources in execution order."""
     grouped = {
         name: count for count, names in graph.annotations.get("groups", ()) for name in names
@@ -165,9 +199,6 @@ def plan_launches(
     launches = []
     for node in graph:
         if node.op == "fused":
-            kernel, count = kernels[node.name], grouped.get(node.name, 0)
-            block = kernel.outer[0] if count else None
-            together = kernel.loops[block].extent // count if block else 1
-            schedule = choose_schedule(kernel, lanes, threads, block, together)
-            launches.append(Launch(node, kernel, schedule, render(kernel, schedule, lanes), count))
+            count = grouped.get(node.name, 0)
+            launches.append(Launch(node, *_schedule(node, lanes, threads, count), count))
     return launches
