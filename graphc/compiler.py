@@ -31,6 +31,7 @@ from passes.repeat_affine import RepeatAffine
 from passes.schedule import Schedule
 from passes.set_mode import SetMode
 from passes.share_scratch import ShareScratch
+from passes.winograd_convolutions import WinogradConvolutions
 
 TARGETS = ("cpu", "interpret")
 PRECISIONS = ("float32", "strict")
@@ -188,14 +189,17 @@ def memory_pipeline(threads: int, check: bool = False) -> Pipeline:
     )
 
 
-def algorithms(target: str, precision: str, training: bool) -> Pipeline:
-    """Rewrites to faster algorithms that round a little more than the definition."""
+def algorithms(target: str, precision: str, training: bool) -> tuple[Pipeline, Pipeline]:
+    """Rewrites to faster algorithms that round a little more than the definition.
+
+    Those before and those after the graph is differentiated."""
     if target == "interpret" or precision == "strict":
-        return Pipeline()
+        return Pipeline(), Pipeline()
     from graphc.codegen.target import host_lanes
 
     choose = ChooseConvolutions(host_lanes(), training)
-    return Pipeline((choose,) if training else (FoldBatchNorm(), choose))
+    before = Pipeline((choose,) if training else (FoldBatchNorm(), choose))
+    return before, Pipeline((WinogradConvolutions(host_lanes(), training),))
 
 
 def transform(
@@ -207,7 +211,7 @@ def transform(
     optimizer: Optimizer | None = None,
     mode: str | None = None,
     seed: int = 0,
-    algorithms: Pipeline | None = None,
+    algorithms: tuple[Pipeline, Pipeline] | None = None,
     observer: Observer | None = None,
 ) -> tuple[Graph, tuple[PassRecord, ...]]:
     """Bind, choose algorithms, differentiate, add the optimizer and simplify."""
@@ -227,10 +231,11 @@ def transform(
     if observer:
         observer(PassRecord("declared", 0.0, len(graph), len(graph)), graph)
         observer(PassRecord("bind", 0.0, len(graph), len(g)), g)
-    forward = Pipeline((SetMode(training, seed),)) + FORWARD + (algorithms or Pipeline())
+    before, after = algorithms or (Pipeline(), Pipeline())
+    forward = Pipeline((SetMode(training, seed),)) + FORWARD + before
     g, records = forward.run(g, observer=observer)
     if loss is not None and (gradients or optimizer):
-        began, before = time.perf_counter(), len(g)
+        began, declared = time.perf_counter(), len(g)
         trained = [n for n, p in g.parameters.items() if optimizer and p.attrs["trainable"]]
         wrt = list(dict.fromkeys([*gradients, *trained]))
         start, values = len(g), [_source(g, graph, n) for n in wrt]
@@ -241,11 +246,11 @@ def transform(
             start = len(g)
             optimizer.apply(g, {n: found[n] for n in trained})
             _mark(g, start, "update")
-        records += (PassRecord("differentiate", time.perf_counter() - began, before, len(g)),)
+        records += (PassRecord("differentiate", time.perf_counter() - began, declared, len(g)),)
         report(records[-1], g, observer)
     keep = {*outputs, *(f"grad:{name}" for name in gradients)}
     g.outputs = {k: v for k, v in g.outputs.items() if k in keep}
-    g, more = BACKWARD.run(g, observer=observer)
+    g, more = (after + BACKWARD).run(g, observer=observer)
     g.annotations["unneeded_inputs"] = tuple(name for name in graph.inputs if name not in g.inputs)
     return g, (*records, *more)
 

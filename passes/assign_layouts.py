@@ -102,6 +102,8 @@ def _multiply_adds(node: Node) -> float:
         return second.type.size * math.prod(node.types[0].sizes[2:4])
     if node.op == "matmul":
         return out * first.sizes[-1]
+    if node.op == "patch_weight_grad":
+        return out * first.sizes[0] * first.sizes[3]
     if node.op == "conv2d":
         return out * math.prod(second.sizes[1:])
     if node.op == "conv2d_weight_grad":
@@ -193,9 +195,9 @@ class _Assign:
         found: dict[str, Layout] = {}
         for node in self.graph:
             inner = contraction(node)
-            if inner is None or inner.op not in ("conv2d", "matmul"):
+            if inner is None or inner.op not in ("conv2d", "matmul", "patch_transform"):
                 continue
-            right = inner.inputs[1]
+            right = inner.inputs[0 if inner.op == "patch_transform" else 1]
             if inner.op == "matmul":
                 if right.node.op != "transpose" or right.rank != 2:
                     continue
@@ -254,7 +256,10 @@ class _Assign:
                 if inner.op == "conv2d_weight_grad":
                     return self._lane(0) if shape[0] > 1 else ROWS
                 if inner.op == "patch_transform" or self._is_point_product(node, inner):
-                    return self._lane(2)
+                    return self._lane(2 if self._is_batched(node, value) else 0)
+                if inner.op in ("patch_weight_grad", "patch_transform_grad") and shape[0] > 1:
+                    if not self._is_batched(node, value):
+                        return self._lane(0)
             if len(shape) == 4 and shape[1] > 1 and self._is_batched(node, value):
                 return self._lane(1)
             target = self._gradient_of(value)
@@ -297,10 +302,10 @@ class _Assign:
             if self.mode == CHANNELS and value not in self.batched and value.layout == ROWS:
                 # Weights lie with their output channels in the lanes.
                 second = inner.inputs[1] if inner.op == "conv2d" else None
-                if inner.op == "matmul" and self._is_point_product(node, inner):
-                    second = inner.inputs[0]
                 if second is not None and second.node.name == name and value.sizes[0] > 1:
-                    value = self.convert(value, self._lane(1 if inner.op == "matmul" else 0))
+                    value = self.convert(value, self._lane(0))
+            if self.mode == CHANNELS and inner.op == "patch_transform":
+                value = self._patched_weight(inner.inputs[0], name, value)
             if name in images and value in self.batched and value.layout == ROWS:
                 if self.mode == BATCH:
                     value = self.convert(value, self._lane(0))
@@ -308,6 +313,16 @@ class _Assign:
                     value = self.convert(value, self._lane(1))
             converted.append(value)
         return tuple(converted)
+
+    def _patched_weight(self, read: Value, name: str, value: Value) -> Value:
+        """A weight that is transformed as an image: lanes along the first axis of its patches."""
+        axis = 0
+        if read.node.op == "transpose":
+            axis = read.node.attrs["axes"][0]
+            read = read.node.inputs[0]
+        if read.node.name != name or value in self.batched or value.sizes[axis] == 1:
+            return value
+        return self.convert(value, self._lane(axis))
 
     def convert(self, value: Value, layout: Layout) -> Value:
         """The same value in another layout, through a copy that all readers share."""

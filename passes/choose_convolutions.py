@@ -1,4 +1,4 @@
-"""Choose the algorithm of every convolution: direct, Toom-Cook along rows, or Winograd patches."""
+"""Choose which axis lies in the lanes, and Toom-Cook along rows where that is the batch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from graphc.ir import Graph, Node, Value
 from graphc.ops.registry import apply
 from graphc.ops.toom_cook import conv2d_by_rows
-from graphc.ops.winograd import conv2d_by_patches
 from passes.base import Pass, note
 
 BATCH, CHANNELS = "batch", "channels"
@@ -21,14 +20,15 @@ _WEIGHT = 10.0
 
 @dataclass(frozen=True)
 class ChooseConvolutions(Pass):
-    """Rewrite convolutions by predicted cost, and choose which axis lies in the lanes.
+    """Choose which axis lies in the lanes, and rewrite convolutions by predicted cost.
 
     Requires: int dimensions; runs before autodiff, so that the chain rule differentiates the
     products and the backward pass saves as much. Ensures: results equal up to rounding (a few 1e-6
     of the largest). Convolutions of stride 1 with 3 taps or more may become
     - with the batch in the lanes: `F(m,r) rows`, Toom-Cook along rows, whose transforms are then a
-      handful of vector operations without shuffles;
-    - with channels in the lanes, where nothing is differentiated: `F(m,r) patches`, Winograd.
+      handful of vector operations without shuffles: here;
+    - with channels in the lanes: `F(m,r) patches`, Winograd: by the pass `winograd_convolutions`,
+      after autodiff.
     `annotations["layout_mode"]` is the cheaper of both as a whole; `annotations["convolutions"]`
     has the predicted costs by layer.
     """
@@ -50,13 +50,13 @@ class ChooseConvolutions(Pass):
         costs = modes[mode] or {}
 
         def visit(new: Graph, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...] | None:
-            if node.name not in costs:
+            if mode == CHANNELS or node.name not in costs:
                 return None
             best = min(costs[node.name], key=costs[node.name].__getitem__)
             if best == "direct" or costs[node.name][best] > WORTH * costs[node.name]["direct"]:
                 return None
             note(new, f"{node.name}: {best}")
-            return (_rewritten(node, inputs, int(best[2 : best.index(",")]), mode),)
+            return (_rewritten(node, inputs, int(best[2 : best.index(",")])),)
 
         new = graph.rebuild(visit)
         new.annotations["convolutions"] = costs
@@ -73,17 +73,21 @@ class ChooseConvolutions(Pass):
         result = {}
         for node in nodes:
             costs = {"direct": _direct(node, mode, self.lanes)}
-            if _eligible(node) and mode == BATCH:
+            images = node.types[0].sizes[0]
+            if is_short(node) and mode == BATCH:
                 costs |= _by_rows(node)
-            elif _eligible(node) and not self.training and node.types[0].sizes[1] >= self.lanes:
-                costs |= _by_patches(node)
-            images = float(node.types[0].sizes[0])
+            elif is_short(node) and node.types[0].sizes[1] >= self.lanes:
+                oc, ic, taps, _, oh, ow = _sizes(node)
+                patches = by_patches(oc, ic, taps, oh, ow, images, not self.training)
+                costs |= {f"F({m},{taps}) patches": cost for m, cost in patches.items()}
             result[node.name] = {k: images * c for k, c in costs.items()}
         return result
 
 
-def _eligible(node: Node) -> bool:
-    a, taps = node.attrs, node.inputs[1].sizes[2:]
+def is_short(node: Node) -> bool:
+    """Whether a convolution or a gradient of one has stride 1 and a square kernel of 3 or more."""
+    weight = node.types[0] if node.op == "conv2d_weight_grad" else node.inputs[1].type
+    a, taps = node.attrs, weight.sizes[2:]
     plain = a["stride"] == (1, 1) and a["dilation"] == (1, 1) and a["groups"] == 1
     return plain and taps[0] == taps[1] and taps[0] >= 3
 
@@ -123,32 +127,33 @@ def _by_rows(node: Node) -> dict[str, float]:
     return costs
 
 
-def _by_patches(node: Node) -> dict[str, float]:
-    """F(m x m, taps x taps): products for each point, and what is read and written around them.
+def by_patches(
+    oc: int, ic: int, taps: int, oh: int, ow: int, images: int, prepared: bool
+) -> dict[int, float]:
+    """F(m x m, taps x taps) for each m: products for each point, and what is read and written.
 
-    Transformed weights are read once a call: where there are few tiles they are what counts."""
-    oc, ic, kh, _, oh, ow = _sizes(node)
-    images = float(node.types[0].sizes[0])
+    Transformed weights are read once a call: where there are few tiles they are what counts. Unless
+    they are `prepared` they are also made and written in each call."""
     costs = {}
     for m in (2, 4):
-        points = (m + kh - 1) ** 2
-        if m + kh - 1 > 6:
+        points = (m + taps - 1) ** 2
+        if m + taps - 1 > 6:
             break
         tiles = -(-oh // m) * -(-ow // m)
         products = oc * ic * points * tiles
         transforms = (ic + oc) * points * tiles * 4
         weights = oc * ic * points * _WEIGHT / images
+        made = 0.0 if prepared else 2 * weights
         ragged = oc * oh * ow * 3.0 if oh % m or ow % m else 0.0
-        costs[f"F({m},{kh}) patches"] = float(max(products, weights) + transforms + ragged)
+        costs[m] = float(max(products, weights) + transforms + ragged + made)
     return costs
 
 
-def _rewritten(node: Node, inputs: tuple[Value, ...], m: int, mode: str) -> Value:
+def _rewritten(node: Node, inputs: tuple[Value, ...], m: int) -> Value:
     x, weight = inputs
     _, _, kh, kw, oh, ow = _sizes(node)
     (top, _), (left, _) = node.attrs["padding"]
-    wide = -(-ow // m) * m + kw - 1
-    high = -(-oh // m) * m + kh - 1 if mode == CHANNELS else oh + kh - 1
+    wide, high = -(-ow // m) * m + kw - 1, oh + kh - 1
     # Pixels beyond the image are zeros; what no output reads is cut off.
     padding = (
         (0, 0),
@@ -160,6 +165,5 @@ def _rewritten(node: Node, inputs: tuple[Value, ...], m: int, mode: str) -> Valu
         x = apply("pad", x, padding=padding, value=0.0)[0]
     if x.shape[2:] != (high, wide):
         x = x[:, :, :high, :wide]
-    rewrite = conv2d_by_patches if mode == CHANNELS else conv2d_by_rows
-    y = rewrite(x, weight, m, name=node.name)
+    y = conv2d_by_rows(x, weight, m, name=node.name)
     return y if y.shape[2:] == (oh, ow) else y[:, :, :oh, :ow]

@@ -13,14 +13,18 @@ from passes.base import Pass
 
 # Operators whose result does not depend on the order of their two operands, to the last bit.
 _COMMUTATIVE = ("add", "mul")
+# Operators whose result is larger than their operand: the backward pass computes it again instead
+# of keeping it.
+EXPANDING = ("patch_transform",)
 
 
 @dataclass(frozen=True)
 class EliminateCommon(Pass):
     """Merge nodes with the same operator, operands, attributes and layouts, and equal constants.
 
-    Requires: nothing. Ensures: no two such nodes remain. Random operators differ in their `stream`
-    attribute and so are not merged. Constants above `constant_limit` elements are left alone.
+    Requires: nothing. Ensures: no two such nodes remain, but for those of `EXPANDING` in different
+    phases. Random operators differ in their `stream` attribute and so are not merged. Constants
+    above `constant_limit` elements are left alone.
     """
 
     constant_limit: int = 65536
@@ -37,7 +41,9 @@ class EliminateCommon(Pass):
             if node.op in _COMMUTATIVE:
                 operands.sort()
             attrs = tuple(sorted((k, _key(v)) for k, v in node.attrs.items()))
-            key = (node.op, tuple(operands), attrs, node.layouts)
+            key: Hashable = (node.op, tuple(operands), attrs, node.layouts)
+            if node.op in EXPANDING:
+                key = (key, node.origin.phase)
             if key not in seen:
                 seen[key] = new.copy_node(node, inputs)
             return seen[key].outputs

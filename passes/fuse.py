@@ -20,7 +20,7 @@ log = logging.getLogger("graphc.fusion")
 CONTRACTIONS = frozenset(
     "matmul conv2d conv2d_input_grad conv2d_weight_grad tile_transform tile_transform_grad "
     "toom_conv toom_conv_input_grad toom_conv_weight_grad "
-    "patch_transform patch_transform_grad".split()
+    "patch_transform patch_transform_grad patch_weight_grad".split()
 )
 WINDOWS = frozenset({"max_pool2d", "max_pool2d_argmax", "avg_pool2d"})
 REDUCTIONS = frozenset({"sum", "max", "min", "prod", "argmax"})
@@ -176,6 +176,8 @@ class _Fuser:
             return "one kernel holds one contraction"
         if heavy and any(n.op == "pad" for n in nodes):
             return "padding writes around a contraction's register tile"
+        if heavy and any(n.op == "max_unpool2d" for n in nodes):
+            return "unpooling reads each element of a contraction several times"
         results = [v for n in nodes for v in n.outputs if self.leaves(v, inside)]
         for node in nodes:
             for value in node.inputs:

@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from graphc.ir import SOURCES, Graph, Node, is_view
+from graphc.ir import Graph, Node
 from passes.base import Pass, note
 from passes.liveness import storage_bytes
 from passes.schedule import edges
@@ -32,7 +32,7 @@ class Parallelize(Pass):
     cache_bytes: int = 600_000
 
     def run(self, graph: Graph) -> Graph:
-        counts = {n.name: self.blocks(n) for n in graph if n.op == "fused"}
+        counts = {n.name: self.blocks(n) for n in graph if _runs(n)}
         new = graph.reordered(_order(graph, counts))
         groups = _groups(new, counts)
         new.annotations["groups"] = tuple(
@@ -59,7 +59,7 @@ def _order(graph: Graph, counts: dict[str, int | None]) -> list[Node]:
     ready: dict[int | None, list[int]] = {}
 
     def release(i: int) -> None:
-        if nodes[i].op in SOURCES or is_view(nodes[i]):
+        if not _runs(nodes[i]):
             heapq.heappush(free, i)
         else:
             heapq.heappush(ready.setdefault(counts.get(nodes[i].name), []), i)
@@ -73,9 +73,10 @@ def _order(graph: Graph, counts: dict[str, int | None]) -> list[Node]:
         if free:
             i = heapq.heappop(free)
         else:
-            # What has no blocks first when a new group would start: the group may wait for it.
-            if not ready.get(current):
-                current = None if ready.get(None) and not _blocked(ready) else _blocked(ready)
+            # What has no blocks runs only where no group can go on, one by one in the old order:
+            # what is ready early, such as transformed weights, would be kept until it is read.
+            if current is None or not ready.get(current):
+                current = _blocked(ready)
             i = heapq.heappop(ready[current])
         order.append(nodes[i])
         for follower in successors[i]:
@@ -83,6 +84,11 @@ def _order(graph: Graph, counts: dict[str, int | None]) -> list[Node]:
             if waiting[follower] == 0:
                 release(follower)
     return order
+
+
+def _runs(node: Node) -> bool:
+    """Whether a node is a kernel of the step: it may be a source, an alias, or run beforehand."""
+    return node.op == "fused" and "prepared" not in node.attrs
 
 
 def _blocked(ready: dict[int | None, list[int]]) -> int | None:
@@ -96,7 +102,7 @@ def _groups(graph: Graph, counts: dict[str, int | None]) -> tuple[tuple[int, tup
     run: list[str] = []
     current: int | None = None
     for node in graph:
-        if node.op != "fused":
+        if not _runs(node):
             continue
         count = counts[node.name]
         if count != current or count is None:

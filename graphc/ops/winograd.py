@@ -5,7 +5,9 @@
 `patch_transform` cuts images into overlapping patches and multiplies each by a constant matrix from
 both sides; its transpose `patch_transform_grad` puts patches back. The product in between is one
 matrix product for each interpolation point, over channels: the ordinary `matmul`. Everything is
-linear or bilinear, so chain rules are made of the same operators. Matrices:
+linear or bilinear, so chain rules are made of the same operators. The gradients of a convolution
+are rewritten from their definitions instead (a data gradient is again a convolution), which needs
+no overlapping sums. Matrices:
 `graphc.ops.toom_cook.matrices`.
 """
 
@@ -21,7 +23,7 @@ from graphc.ir import Node, TensorType, Value
 from graphc.ops.broadcast import same_dtype
 from graphc.ops.matmul import matmul
 from graphc.ops.registry import Attrs, Lowering, OpDef, Sample, apply, register
-from graphc.ops.shape import reshape, transpose
+from graphc.ops.shape import squeeze, transpose
 from graphc.ops.toom_cook import matrices
 
 __all__: list[str] = []
@@ -33,17 +35,57 @@ def conv2d_by_patches(x: Value, weight: Value, outputs: int, name: str | None = 
     x[N,C,H,W] with H and W whole patches (tiles * outputs + taps - 1), weight[OC,C,taps,taps].
     Returns [N, OC, H - taps + 1, W - taps + 1].
     """
-    out_channels, channels, _, taps = weight.sizes
-    at, g, bt = matrices(outputs, taps)
-    graph = x.graph
+    _, g, _ = matrices(outputs, weight.sizes[3])
+    return _by_patches(x, weight, g, outputs, name)
+
+
+def conv2d_input_grad_by_patches(
+    g: Value, weight: Value, outputs: int, name: str | None = None
+) -> Value:
+    """conv2d_input_grad of stride 1: a convolution of the cotangent g[N,OC,H,W], padded to whole
+    patches as in `conv2d_by_patches`, with turned taps of weight[OC,C,taps,taps].
+
+    Returns [N, C, H - taps + 1, W - taps + 1].
+    """
+    _, matrix, _ = matrices(outputs, weight.sizes[3])
+    return _by_patches(g, transpose(weight, (1, 0, 2, 3)), matrix[:, ::-1], outputs, name)
+
+
+def conv2d_weight_grad_by_patches(
+    x: Value, g: Value, outputs: int, name: str | None = None
+) -> Value:
+    """conv2d_weight_grad of stride 1 for x[N,C,H,W] as in `conv2d_by_patches`, the transpose of its
+    weights' path: products of transformed images and cotangents g[N,OC,tiles * outputs,..].
+
+    Returns [OC, C, taps, taps], taps = H - tiles * outputs + 1.
+    """
+    taps = x.sizes[2] - g.sizes[2] + 1
+    at, matrix, bt = matrices(outputs, taps)
+    images, cotangents = _patches(x, bt, outputs), _patches(g, at.T, outputs)
+    products = apply("patch_weight_grad", images, cotangents, name=name)[0]
+    constant = x.graph.constant(matrix, dtype=x.dtype)
+    attrs = {"step": taps, "height": taps, "width": taps}
+    return apply("patch_transform_grad", products, constant, **attrs)[0]
+
+
+def _by_patches(
+    x: Value, weight: Value, matrix: np.ndarray, outputs: int, name: str | None
+) -> Value:
+    """Patches of x, times weight[OC,C,taps,taps] between `matrix` and its transpose, to pixels."""
+    taps = weight.sizes[3]
+    at, _, bt = matrices(outputs, taps)
     height, width = (d - taps + 1 for d in x.sizes[2:])
-    images = apply("patch_transform", x, graph.constant(bt, dtype=x.dtype), step=outputs)[0]
-    both = graph.constant(np.kron(g, g), dtype=x.dtype)
-    flat = reshape(weight, (out_channels * channels, taps * taps))
-    weights = reshape(matmul(both, transpose(flat)), (both.shape[0], out_channels, channels))
-    products = matmul(weights, images, name=name)
-    a = graph.constant(at.T.copy(), dtype=x.dtype)
+    # A weight is an image of one patch: [OC, points, C, 1].
+    weights = squeeze(_patches(weight, matrix, taps), -1)
+    products = matmul(transpose(weights, (1, 0, 2)), _patches(x, bt, outputs), name=name)
+    a = x.graph.constant(at.T.copy(), dtype=x.dtype)
     return apply("patch_transform_grad", products, a, step=outputs, height=height, width=width)[0]
+
+
+def _patches(x: Value, matrix: np.ndarray, step: int) -> Value:
+    """Patches of x every `step` pixels, multiplied by matrix[points, taps] from both sides."""
+    constant = x.graph.constant(matrix.copy(), dtype=x.dtype)
+    return apply("patch_transform", x, constant, step=step)[0]
 
 
 def _tiles(extent: int, taps: int, step: int) -> int:
@@ -155,6 +197,38 @@ def _lower_grad(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Ex
     return k.reduce("sum", (rows, points, columns, points), term)
 
 
+# ---- patch_weight_grad: out[o, p, c, 0] = sum over n, t of x[n, p, c, t] * g[n, p, o, t]
+
+
+def _infer_weight_grad(types: list[TensorType], attrs: Attrs) -> list[TensorType]:
+    x, g = types
+    if x.rank != 4 or g.rank != 4 or (x.shape[:2], x.shape[3]) != (g.shape[:2], g.shape[3]):
+        raise errors.ShapeError(f"images {x} and cotangents {g} differ in more than their channels")
+    return [TensorType((g.shape[2], x.shape[1], x.shape[2], 1), same_dtype(types))]
+
+
+def _evaluate_weight_grad(arrays: list[np.ndarray], attrs: Attrs) -> list[np.ndarray]:
+    x, g = arrays
+    return [np.einsum("npct,npot->opc", x, g, optimize=True)[..., None]]
+
+
+def _vjp_weight_grad(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
+    (x, g), c = node.inputs, cotangents[0]
+    assert c is not None
+    c = squeeze(c, -1)
+    return matmul(transpose(c, (1, 2, 0)), g), matmul(transpose(c, (1, 0, 2)), x)
+
+
+def _lower_weight_grad(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Expr:
+    o, p, c, _one = index
+    images, _, _, tiles = node.inputs[0].sizes
+    return k.reduce(
+        "sum",
+        (images, tiles),
+        lambda n, t: k.read(0, (n, p, c, t)) * k.read(1, (n, p, o, t)),
+    )
+
+
 # ---- samples
 
 
@@ -184,6 +258,22 @@ def _samples_grad() -> list[Sample]:
     ]
 
 
+def _samples_weight_grad() -> list[Sample]:
+    rng = np.random.default_rng(72)
+    cases = (((2, 4, 3, 5), (2, 4, 2, 5)), ((1, 9, 1, 1), (1, 9, 7, 1)), ((3, 1, 17, 2), (3, 1, 1, 2)))
+    return [Sample((rng.standard_normal(x), rng.standard_normal(g)), {}) for x, g in cases]
+
+
+register(
+    OpDef(
+        "patch_weight_grad",
+        _infer_weight_grad,
+        _evaluate_weight_grad,
+        _vjp_weight_grad,
+        _lower_weight_grad,
+        _samples_weight_grad,
+    )
+)
 register(OpDef("patch_transform", _infer, _evaluate, _vjp, _lower, _samples))
 register(
     OpDef(

@@ -1,0 +1,122 @@
+"""Convolutions of stride 1 and their two gradients as Winograd patches, channels in the lanes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from graphc.ir import Graph, Node, Value
+from graphc.ops.registry import apply
+from graphc.ops.winograd import (
+    conv2d_by_patches,
+    conv2d_input_grad_by_patches,
+    conv2d_weight_grad_by_patches,
+)
+from passes.base import Pass, note
+from passes.choose_convolutions import CHANNELS, WORTH, by_patches, is_short
+
+Pairs = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class WinogradConvolutions(Pass):
+    """Rewrite `conv2d`, `conv2d_input_grad` and `conv2d_weight_grad` as patches, by predicted cost.
+
+    Requires: int dimensions; `choose_convolutions` has put channels into the lanes
+    (`annotations["layout_mode"]`), else nothing changes. Runs after autodiff: gradients are
+    rewritten from what they are. Ensures: results equal up to rounding (a few 1e-6 of the largest).
+    """
+
+    lanes: int
+    training: bool = False
+
+    def run(self, graph: Graph) -> Graph:
+        if graph.annotations.get("layout_mode") != CHANNELS:
+            return graph
+
+        def visit(new: Graph, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...] | None:
+            rewrite = _REWRITES.get(node.op)
+            if rewrite is None or not is_short(node) or min(_channels(node)) < self.lanes:
+                return None
+            costs = _costs(node, self.training)
+            best = min(costs, key=costs.__getitem__)
+            if best == 0 or costs[best] > WORTH * costs[0]:
+                return None
+            note(new, f"{node.name}: F({best},{_weight(node)[3]}) patches")
+            return (rewrite(node, inputs, best),)
+
+        return graph.rebuild(visit)
+
+
+def _weight(node: Node) -> tuple[int, ...]:
+    """Sizes [OC, IC, KH, KW] of the weight of a convolution or of one of its gradients."""
+    return node.types[0].sizes if node.op == "conv2d_weight_grad" else node.inputs[1].sizes
+
+
+def _channels(node: Node) -> tuple[int, int]:
+    out_channels, channels, _, _ = _weight(node)
+    return out_channels, channels
+
+
+def _pixels(node: Node) -> tuple[int, int]:
+    """Height and width that are cut into patches: of the cotangent for a weight gradient."""
+    return (node.inputs[1] if node.op == "conv2d_weight_grad" else node[0]).sizes[2:]  # type: ignore[return-value]
+
+
+def _costs(node: Node, training: bool) -> dict[int, float]:
+    """Predicted cost by outputs a patch; 0 is the direct convolution."""
+    out_channels, channels, taps, _ = _weight(node)
+    height, width = _pixels(node)
+    images = node.inputs[0].sizes[0]
+    direct = images * out_channels * channels * taps * taps * height * width
+    patches = by_patches(out_channels, channels, taps, height, width, images, not training)
+    return {0: float(direct), **{m: images * cost for m, cost in patches.items()}}
+
+
+def _whole(pixels: tuple[int, ...], outputs: int, taps: int) -> tuple[int, int]:
+    """Height and width of an operand whose patches give at least so many outputs."""
+    return tuple(-(-p // outputs) * outputs + taps - 1 for p in pixels)  # type: ignore[return-value]
+
+
+def _padded(x: Value, before: tuple[int, int], size: tuple[int, int]) -> Value:
+    """x with `before` zeros above and beside, then zeros or a cut up to `size`."""
+    after = tuple(max(s - d - b, 0) for s, d, b in zip(size, x.sizes[2:], before, strict=True))
+    padding = ((0, 0), (0, 0), (before[0], after[0]), (before[1], after[1]))
+    if any(any(p) for p in padding):
+        x = apply("pad", x, padding=padding, value=0.0)[0]
+    return x if x.sizes[2:] == size else x[:, :, : size[0], : size[1]]
+
+
+def _cut(y: Value, pixels: tuple[int, ...]) -> Value:
+    return y if y.sizes[2:] == tuple(pixels) else y[:, :, : pixels[0], : pixels[1]]
+
+
+def _forward(node: Node, inputs: tuple[Value, ...], m: int) -> Value:
+    x, weight = inputs
+    pixels = node.types[0].sizes[2:]
+    (top, _), (left, _) = node.attrs["padding"]
+    x = _padded(x, (top, left), _whole(pixels, m, weight.sizes[3]))
+    return _cut(conv2d_by_patches(x, weight, m, name=node.name), pixels)
+
+
+def _input_grad(node: Node, inputs: tuple[Value, ...], m: int) -> Value:
+    g, weight = inputs
+    pixels, taps = node.types[0].sizes[2:], weight.sizes[3]
+    (top, _), (left, _) = node.attrs["padding"]
+    g = _padded(g, (taps - 1 - top, taps - 1 - left), _whole(pixels, m, taps))
+    return _cut(conv2d_input_grad_by_patches(g, weight, m, name=node.name), pixels)
+
+
+def _weight_grad(node: Node, inputs: tuple[Value, ...], m: int) -> Value:
+    x, g = inputs
+    taps = node.types[0].sizes[3]
+    (top, _), (left, _) = node.attrs["padding"]
+    whole = _whole(g.sizes[2:], m, taps)
+    g = _padded(g, (0, 0), (whole[0] - taps + 1, whole[1] - taps + 1))
+    return conv2d_weight_grad_by_patches(_padded(x, (top, left), whole), g, m, name=node.name)
+
+
+_REWRITES = {
+    "conv2d": _forward,
+    "conv2d_input_grad": _input_grad,
+    "conv2d_weight_grad": _weight_grad,
+}
