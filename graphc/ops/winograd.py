@@ -260,7 +260,11 @@ def _samples_grad() -> list[Sample]:
 
 def _samples_weight_grad() -> list[Sample]:
     rng = np.random.default_rng(72)
-    cases = (((2, 4, 3, 5), (2, 4, 2, 5)), ((1, 9, 1, 1), (1, 9, 7, 1)), ((3, 1, 17, 2), (3, 1, 1, 2)))
+    cases = (
+        ((2, 4, 3, 5), (2, 4, 2, 5)),
+        ((1, 9, 1, 1), (1, 9, 7, 1)),
+        ((3, 1, 17, 2), (3, 1, 1, 2)),
+    )
     return [Sample((rng.standard_normal(x), rng.standard_normal(g)), {}) for x, g in cases]
 
 
