@@ -7,8 +7,7 @@ both sides; its transpose `patch_transform_grad` puts patches back. The product 
 matrix product for each interpolation point, over channels: the ordinary `matmul`. Everything is
 linear or bilinear, so chain rules are made of the same operators. The gradients of a convolution
 are rewritten from their definitions instead (a data gradient is again a convolution), which needs
-no overlapping sums. Matrices:
-`graphc.ops.toom_cook.matrices`.
+no overlapping sums. Matrices: `graphc.ops.toom_cook.matrices`.
 """
 
 from __future__ import annotations
