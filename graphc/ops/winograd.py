@@ -62,9 +62,7 @@ def conv2d_weight_grad_by_patches(
     at, matrix, bt = matrices(outputs, taps)
     images, cotangents = _patches(x, bt, outputs), _patches(g, at.T, outputs)
     products = apply("patch_weight_grad", images, cotangents, name=name)[0]
-    constant = x.graph.constant(matrix, dtype=x.dtype)
-    attrs = {"step": taps, "height": taps, "width": taps}
-    return apply("patch_transform_grad", products, constant, **attrs)[0]
+    return _pixels(products, matrix, taps, taps, taps)
 
 
 def _by_patches(
@@ -77,14 +75,19 @@ def _by_patches(
     # A weight is an image of one patch: [OC, points, C, 1].
     weights = squeeze(_patches(weight, matrix, taps), -1)
     products = matmul(transpose(weights, (1, 0, 2)), _patches(x, bt, outputs), name=name)
-    a = x.graph.constant(at.T.copy(), dtype=x.dtype)
-    return apply("patch_transform_grad", products, a, step=outputs, height=height, width=width)[0]
+    return _pixels(products, at.T, outputs, height, width)
 
 
 def _patches(x: Value, matrix: np.ndarray, step: int) -> Value:
     """Patches of x every `step` pixels, multiplied by matrix[points, taps] from both sides."""
     constant = x.graph.constant(matrix.copy(), dtype=x.dtype)
     return apply("patch_transform", x, constant, step=step)[0]
+
+
+def _pixels(x: Value, matrix: np.ndarray, step: int, height: int, width: int) -> Value:
+    """The transpose of `_patches`: images of height x width pixels."""
+    constant = x.graph.constant(matrix.copy(), dtype=x.dtype)
+    return apply("patch_transform_grad", x, constant, step=step, height=height, width=width)[0]
 
 
 def _tiles(extent: int, taps: int, step: int) -> int:
