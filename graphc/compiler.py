@@ -27,6 +27,7 @@ from passes.hoist_parameters import HoistParameters
 from passes.parallelize import Parallelize
 from passes.pipeline import BACKWARD, FORWARD
 from passes.plan_memory import PlanMemory
+from passes.receive_padded import ReceivePadded
 from passes.repeat_affine import RepeatAffine
 from passes.schedule import Schedule
 from passes.set_mode import SetMode
@@ -177,10 +178,12 @@ def default_pipeline(layout: str | None = None) -> Pipeline:
 def memory_pipeline(threads: int, check: bool = False) -> Pipeline:
     """Order the kernels, group those that go block by block, and place every value."""
     from graphc.codegen import target as cpu_target
+    from graphc.runtime.cpu import COPY_BYTES
 
     return Pipeline(
         (
             HoistParameters(),
+            *(() if check else (ReceivePadded(COPY_BYTES),)),
             Schedule(updates_in_place=True),
             Parallelize(cpu_target.blocks, threads),
             *(() if check else (ShareScratch(threads),)),

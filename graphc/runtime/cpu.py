@@ -19,7 +19,7 @@ from graphc.runtime.linker import KernelSource, load_kernels
 from graphc.runtime.table import LaunchTable
 from graphc.runtime.team import get_team
 
-_COPY_BYTES = 16384
+COPY_BYTES = 16384  # inputs up to this size are copied; kernels read larger ones where they are
 Progress = Callable[[int, int, float, str], None]
 
 
@@ -127,7 +127,7 @@ class CpuExecutable(Executable):
         ]
 
     def _prepare(self) -> None:
-        """Run what depends on parameters alone."""
+        """Run what depends on parameters alone, and write the borders of inputs."""
         self._once.run()
         self._stale = False
 
@@ -138,6 +138,7 @@ class CpuExecutable(Executable):
         copied into the executable's memory, which is cheaper than asking NumPy for an address;
         kernels read large ones where they are."""
         self._calls = []
+        padded = {n.inputs[0].node.name: n for n in self.graph if "interior" in n.attrs}
         # An output or update that is an input is read from the executable's memory.
         results = {root(value).node.name for value in self.graph.results}
         for name, node in self.inputs.items():
@@ -145,12 +146,14 @@ class CpuExecutable(Executable):
             default = node.attrs.get("default")
             default = None if default is None else np.asarray(default, dtype)
             copied = (
-                node.types[0].nbytes <= _COPY_BYTES
+                node.types[0].nbytes <= COPY_BYTES
                 or name not in self._every.patches
                 or name in results
                 or self.check
             )
             staging = self._view(node[0]).reshape(shape) if copied else None
+            if name in padded:
+                staging = self._view(padded[name][0])[padded[name].attrs["interior"]]
             self._calls.append(
                 (name, node, shape, dtype, default, staging, self._every.patches.get(name))
             )
@@ -164,6 +167,8 @@ class CpuExecutable(Executable):
         if out is not None:
             self._checked_out(out)
         with self._lock:
+            if self._stale:
+                self._prepare()
             for name, node, shape, dtype, default, staging, slots in self._calls:
                 array = inputs.get(name)
                 if array is None:
@@ -186,8 +191,6 @@ class CpuExecutable(Executable):
                 raise misnamed
             if self.check:
                 return self._run_checked(out)
-            if self._stale:
-                self._prepare()
             self._every.run()
             return self._results(out)
 
