@@ -52,6 +52,7 @@ def compile(
     memory_limit: int | str | None = None,
     precision: str = "float32",
     mode: str | None = None,
+    tune: bool = False,
     check: bool = False,
     seed: int = 0,
     pipeline: Pipeline | None = None,
@@ -69,13 +70,14 @@ def compile(
     precision  "float32"; "strict" forbids algorithms that round more than a direct convolution
     mode       "train" or "infer", for batch norm and dropout; default: train where a loss is
                differentiated, else infer
+    tune       measure what is otherwise predicted, and remember it (docs/tuning.md)
     check      compare every kernel's results with the interpreter at each call; raises CheckError
     seed       of initial parameters and dropout
     pipeline   the passes between the joint graph and the plan, instead of `default_pipeline()`
 
     Raises GraphcError subclasses, each naming the node and what to change.
     """
-    _check_options(target, threads, precision, mode, outputs, gradients, optimizer)
+    _check_options(target, threads, precision, mode, outputs, gradients, optimizer, tune)
     declared, limit = graph.copy(), _bytes(memory_limit)
     cores = 1
     if target != "interpret":
@@ -125,8 +127,18 @@ def compile(
     else:
         with _collector_paused():
             planned, records = shaped()
-            launches = cpu_target.plan_launches(planned, cpu_target.host_lanes(), cores)
+            lanes = cpu_target.host_lanes()
+            if not tune:
+                launches = cpu_target.plan_launches(planned, lanes, cores)
+        tuning = None
+        if tune:
+            from graphc.tuning import CANDIDATES, tuned_launches
+
+            ranked = cpu_target.rank_launches(planned, lanes, cores, CANDIDATES)
+            report = _progress("compiled"), _progress("measured")
+            launches, tuning = tuned_launches(ranked, cores, *report)
         executable = CpuExecutable(planned, launches, cores, seed, _progress(), check=check)
+        executable.tuning = tuning
     executable.records, executable.replay = records, shaped
     if log.isEnabledFor(logging.INFO):
         for info in executable.kernels():
@@ -293,6 +305,7 @@ def _check_options(
     outputs: Sequence[str],
     gradients: Sequence[str],
     optimizer: Any,
+    tune: bool,
 ) -> None:
     if target not in TARGETS:
         raise errors.CompileError(
@@ -304,6 +317,10 @@ def _check_options(
         )
     if mode not in (None, "train", "infer"):
         raise errors.CompileError(f"mode={mode!r}: use 'train', 'infer' or None")
+    if tune and target == "interpret":
+        raise errors.CompileError(
+            "tune=True: target='interpret' has no kernels to measure; leave one of them out"
+        )
     if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= 256):
         raise errors.CompileError(f"threads={threads!r}: use 1 to 256, or None for every core")
     for what, names in (("outputs", outputs), ("gradients", gradients)):
@@ -321,15 +338,15 @@ def _check_options(
         )
 
 
-def _progress() -> Callable[[int, int, float, str], None]:
-    """On a terminal, one line that counts kernels while they compile, once that takes a while."""
+def _progress(what: str = "compiled") -> Callable[[int, int, float, str], None]:
+    """On a terminal, one line that counts what is done with kernels, once that takes a while."""
     started = time.perf_counter()
 
     def report(done: int, total: int, seconds: float, name: str) -> None:
-        log.info("%d/%d compiled after %.1f s: %s", done, total, seconds, name)
+        log.info("%d/%d %s after %.1f s: %s", done, total, what, seconds, name)
         if sys.stderr.isatty() and time.perf_counter() - started > 0.5:
             end = "\r" if done < total else "\n"
-            sys.stderr.write(f"graphc: kernel {done}/{total}, {seconds:.1f} s{end}")
+            sys.stderr.write(f"graphc: {done}/{total} kernels {what}, {seconds:.1f} s{end}")
             sys.stderr.flush()
 
     return report

@@ -15,7 +15,7 @@ from graphc import errors
 from graphc.codegen.cpu import CompiledCall, render
 from graphc.codegen.kernel import Kernel, Schedule
 from graphc.codegen.lower import CannotLower, lower_region
-from graphc.codegen.schedule import choose_schedule
+from graphc.codegen.schedule import rank_schedules
 from graphc.ir import SOURCES, Graph, Node, label_body, root
 from graphc.ops.registry import get
 
@@ -35,7 +35,7 @@ _Key = tuple[Hashable, ...]
 _Scheduled = tuple[Kernel, Schedule, CompiledCall]
 # By structure, for the life of the process; emptied when full.
 _lowered: dict[_Key, Kernel] = {}
-_scheduled: dict[_Key, _Scheduled] = {}
+_scheduled: dict[_Key, list[_Scheduled]] = {}
 _MOST: Final = 4096
 
 
@@ -62,16 +62,19 @@ def lower_node(node: Node) -> Kernel:
     return kernel
 
 
-def _schedule(node: Node, lanes: int, threads: int, count: int) -> _Scheduled:
-    """The kernel of a region as it runs; `count`: blocks of the group it is in, or 0."""
-    key = (*_structure(node), lanes, threads, count)
+def _schedules(node: Node, lanes: int, threads: int, count: int, most: int) -> list[_Scheduled]:
+    """The kernel of a region as it may run, the best `most` ways as predicted; `count`: blocks of
+    the group it is in, or 0."""
+    key = (*_structure(node), lanes, threads, count, most)
     scheduled = _scheduled.get(key)
     if scheduled is None:
         kernel = lower_node(node).copy()
         block = kernel.outer[0] if count else None
         together = kernel.loops[block].extent // count if block else 1
-        schedule = choose_schedule(kernel, lanes, threads, block, together)
-        scheduled = kernel, schedule, render(kernel, schedule, lanes)
+        scheduled = [
+            (kernel, schedule, render(kernel, schedule, lanes))
+            for schedule in rank_schedules(kernel, lanes, threads, block, together, most)
+        ]
         _remember(_scheduled, key, scheduled)
     return scheduled
 
@@ -193,6 +196,11 @@ _CACHE_BYTES = 400_000
 
 def plan_launches(graph: Graph, lanes: int, threads: int) -> list[Launch]:
     """Schedules and sources in execution order."""
+    return [ranked[0] for ranked in rank_launches(graph, lanes, threads, most=1)]
+
+
+def rank_launches(graph: Graph, lanes: int, threads: int, most: int) -> list[list[Launch]]:
+    """In execution order, up to `most` ways of each launch, the best as predicted first."""
     grouped = {
         name: count for count, names in graph.annotations.get("groups", ()) for name in names
     }
@@ -200,5 +208,6 @@ def plan_launches(graph: Graph, lanes: int, threads: int) -> list[Launch]:
     for node in graph:
         if node.op == "fused":
             count = grouped.get(node.name, 0)
-            launches.append(Launch(node, *_schedule(node, lanes, threads, count), count))
+            ways = _schedules(node, lanes, threads, count, most)
+            launches.append([Launch(node, *way, count) for way in ways])
     return launches

@@ -18,16 +18,13 @@ from graphc.expr import Expr
 _COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14)
 
 
-def choose_schedule(
-    kernel: Kernel, lanes: int, threads: int, blocks: str | None = None, together: int = 1
-) -> Schedule:
-    """The schedule of a kernel whose results already have their layouts: the cheapest of
-    `rank_schedules`."""
-    return rank_schedules(kernel, lanes, threads, blocks, together, most=1)[0]
-
-
 def rank_schedules(
-    kernel: Kernel, lanes: int, threads: int, blocks: str | None, together: int, most: int
+    kernel: Kernel,
+    lanes: int,
+    threads: int,
+    blocks: str | None = None,
+    together: int = 1,
+    most: int = 1,
 ) -> list[Schedule]:
     """Up to `most` schedules of a kernel whose results already have their layouts, the one with the
     lowest predicted cost first; they differ in their register tiles.
@@ -180,6 +177,12 @@ def split_lane(kernel: Kernel, name: str, lanes: int) -> str:
 
 
 # ---- tile
+
+
+def multiply_adds(kernel: Kernel) -> int:
+    """Those of the main reduction; 0 if there is none."""
+    main = _main_reduction(kernel)
+    return kernel.trips(kernel.free(main.args[0])) if main else 0
 
 
 def _main_reduction(kernel: Kernel) -> Expr | None:

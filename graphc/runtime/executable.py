@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from graphc.inspect.kernels import KernelInfo
     from graphc.inspect.memory import MemoryReport
     from graphc.inspect.profile import Profile
+    from graphc.tuning import Tuning
 
 
 class Executable(ABC):
@@ -42,6 +43,7 @@ class Executable(ABC):
         }
         self.state_nodes: dict[str, Node] = {**graph.parameters, **graph.states}
         self.records: tuple[Any, ...] = ()
+        self.tuning: Tuning | None = None  # what `tune=True` measured
         # Runs the passes once more for an observer of (record, graph): cheaper than to keep every
         # graph.
         self.replay: Callable[[Callable[[Any, Graph], None]], Any] | None = None
