@@ -15,18 +15,19 @@ class Kernel:
     """A compiled kernel, called with arrays (passed as addresses) and integers."""
 
     def __init__(self, source: str, name: str = "kernel"):
-        symbol, code, self.assembly = native.compile_function(native.load_source(source, name))
+        compiled = native.compile_function(native.load_source(source, name))
+        self.assembly = compiled.assembly()
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         target = llvm.Target.from_default_triple()
         machine = target.create_target_machine(jit=True, codemodel="jitdefault")
         engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-        engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+        engine.add_object_file(llvm.ObjectFileRef.from_data(compiled.object_bytes))
         engine.finalize_object()
         _ENGINES.append(engine)
         parameters = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2
         prototype = ctypes.CFUNCTYPE(ctypes.c_int32, *parameters)
-        self.function = prototype(engine.get_function_address(symbol))
+        self.function = prototype(engine.get_function_address(compiled.symbol))
 
     def __call__(self, *arguments):
         row = [one.ctypes.data if isinstance(one, np.ndarray) else one for one in arguments]

@@ -60,10 +60,11 @@ def compile_job(job: Job, cache: KernelCache) -> Entry:
     try:
         _number_symbols_at_random()
         function = native.load_source(job.source, job.name, path)
-        symbol, object_bytes, _ = native.compile_function(function, job.signature)
+        compiled = native.compile_function(function, job.signature)
     except Exception as error:
         cache.put_source(job.key, job.source)
         raise CompileError(f"kernel {job.name} ({path}) cannot be compiled: {error}") from error
+    symbol, object_bytes = compiled.symbol, compiled.object_bytes
     if foreign := sorted(name for name in undefined_symbols(object_bytes) if not _in_process(name)):
         cache.put_source(job.key, job.source)
         raise CompileError(
