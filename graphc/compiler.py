@@ -19,7 +19,7 @@ from graphc.runtime.executable import Executable, InterpretedExecutable
 from passes.assign_layouts import AssignLayouts
 from passes.autodiff import differentiate
 from passes.base import Observer, PassRecord, Pipeline, report
-from passes.choose_convolutions import ChooseConvolutions
+from passes.choose_convolutions import Choose, ChooseConvolutions, predicted_best
 from passes.explicit_padding import ExplicitPadding
 from passes.fold_batch_norm import FoldBatchNorm
 from passes.fuse import Fuse
@@ -204,17 +204,24 @@ def memory_pipeline(threads: int, check: bool = False) -> Pipeline:
     )
 
 
-def algorithms(target: str, precision: str, training: bool) -> tuple[Pipeline, Pipeline]:
+def algorithms(
+    target: str,
+    precision: str,
+    training: bool,
+    choose: Choose = predicted_best,
+    layout: str | None = None,
+) -> tuple[Pipeline, Pipeline]:
     """Rewrites to faster algorithms that round a little more than the definition.
 
-    Those before and those after the graph is differentiated."""
+    Those before and those after the graph is differentiated. `choose` decides for each convolution;
+    `layout`, "batch" or "channels", says what lies in the lanes, by default what is cheaper."""
     if target == "interpret" or precision == "strict":
         return Pipeline(), Pipeline()
     from graphc.codegen.target import host_lanes
 
-    choose = ChooseConvolutions(host_lanes(), training)
-    before = Pipeline((choose,) if training else (FoldBatchNorm(), choose))
-    return before, Pipeline((WinogradConvolutions(host_lanes(), training),))
+    first = ChooseConvolutions(host_lanes(), training, choose, layout)
+    before = Pipeline((first,) if training else (FoldBatchNorm(), first))
+    return before, Pipeline((WinogradConvolutions(host_lanes(), training, choose),))
 
 
 def transform(

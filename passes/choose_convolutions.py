@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from graphc.ir import Graph, Node, Value
@@ -16,6 +17,17 @@ MOST_POINTS = 9
 WORTH = 0.85
 # Multiply-adds that a core makes while it reads one transformed weight from memory.
 _WEIGHT = 10.0
+# And while the two transforms of patches are launched, with a barrier each.
+_LAUNCHES = 50_000.0
+
+# (convolution, predicted cost of each algorithm, what lies in the lanes) -> the algorithm to take.
+Choose = Callable[[Node, dict[str, float], str], str]
+
+
+def predicted_best(node: Node, costs: dict[str, float], mode: str) -> str:
+    """The algorithm of the lowest cost; the direct one, unless another is clearly cheaper."""
+    best = min(costs, key=costs.__getitem__)
+    return best if costs[best] <= WORTH * costs["direct"] else "direct"
 
 
 @dataclass(frozen=True)
@@ -29,12 +41,14 @@ class ChooseConvolutions(Pass):
       handful of vector operations without shuffles: here;
     - with channels in the lanes: `F(m,r) patches`, Winograd: by the pass `winograd_convolutions`,
       after autodiff.
-    `annotations["layout_mode"]` is the cheaper of both as a whole; `annotations["convolutions"]`
-    has the predicted costs by layer.
+    `annotations["layout_mode"]` is the cheaper of both as a whole, or `mode`;
+    `annotations["convolutions"]` has the predicted costs by layer. `choose` decides for each layer.
     """
 
     lanes: int
     training: bool = False
+    choose: Choose = predicted_best
+    mode: str | None = None
 
     def run(self, graph: Graph) -> Graph:
         convolutions = [n for n in graph if n.op == "conv2d"]
@@ -44,19 +58,19 @@ class ChooseConvolutions(Pass):
             for m, costs in modes.items()
             if costs is not None
         }
-        if not convolutions or not totals:
+        if not self.mode and not (convolutions and totals):
             return graph
-        mode = min(totals, key=totals.__getitem__)
+        mode = self.mode or min(totals, key=totals.__getitem__)
         costs = modes[mode] or {}
 
         def visit(new: Graph, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...] | None:
-            if mode == CHANNELS or node.name not in costs:
+            if mode == CHANNELS or len(costs.get(node.name, ())) < 2:
                 return None
-            best = min(costs[node.name], key=costs[node.name].__getitem__)
-            if best == "direct" or costs[node.name][best] > WORTH * costs[node.name]["direct"]:
+            best = self.choose(node, costs[node.name], mode)
+            if best == "direct":
                 return None
             note(new, f"{node.name}: {best}")
-            return (_rewritten(node, inputs, int(best[2 : best.index(",")])),)
+            return (_rewritten(node, inputs, tile_size(best)),)
 
         new = graph.rebuild(visit)
         new.annotations["convolutions"] = costs
@@ -78,10 +92,14 @@ class ChooseConvolutions(Pass):
                 costs |= _by_rows(node)
             elif is_short(node) and node.types[0].sizes[1] >= self.lanes:
                 oc, ic, taps, _, oh, ow = _sizes(node)
-                patches = by_patches(oc, ic, taps, oh, ow, images, not self.training)
-                costs |= {f"F({m},{taps}) patches": cost for m, cost in patches.items()}
+                costs |= by_patches(oc, ic, taps, oh, ow, images, not self.training)
             result[node.name] = {k: images * c for k, c in costs.items()}
         return result
+
+
+def tile_size(algorithm: str) -> int:
+    """The m of "F(m,r) rows" or "F(m,r) patches"."""
+    return int(algorithm[2 : algorithm.index(",")])
 
 
 def is_short(node: Node) -> bool:
@@ -129,11 +147,12 @@ def _by_rows(node: Node) -> dict[str, float]:
 
 def by_patches(
     oc: int, ic: int, taps: int, oh: int, ow: int, images: int, prepared: bool
-) -> dict[int, float]:
+) -> dict[str, float]:
     """F(m x m, taps x taps) for each m: products for each point, and what is read and written.
 
     Transformed weights are read once a call: where there are few tiles they are what counts. Unless
-    they are `prepared` they are also made and written in each call."""
+    they are `prepared` they are also made and written in each call. So are the launches of the
+    transforms, which a direct convolution does not have."""
     costs = {}
     for m in (2, 4):
         points = (m + taps - 1) ** 2
@@ -145,7 +164,9 @@ def by_patches(
         weights = oc * ic * points * _WEIGHT / images
         made = 0.0 if prepared else 2 * weights
         ragged = oc * oh * ow * 3.0 if oh % m or ow % m else 0.0
-        costs[m] = float(max(products, weights) + transforms + ragged + made)
+        launches = _LAUNCHES / images
+        cost = float(max(products, weights) + transforms + ragged + made + launches)
+        costs[f"F({m},{taps}) patches"] = cost
     return costs
 
 

@@ -12,7 +12,14 @@ from graphc.ops.winograd import (
     conv2d_weight_grad_by_patches,
 )
 from passes.base import Pass, note
-from passes.choose_convolutions import CHANNELS, WORTH, by_patches, is_short
+from passes.choose_convolutions import (
+    CHANNELS,
+    Choose,
+    by_patches,
+    is_short,
+    predicted_best,
+    tile_size,
+)
 
 Pairs = tuple[tuple[int, int], ...]
 
@@ -24,10 +31,12 @@ class WinogradConvolutions(Pass):
     Requires: int dimensions; `choose_convolutions` has put channels into the lanes
     (`annotations["layout_mode"]`), else nothing changes. Runs after autodiff: gradients are
     rewritten from what they are. Ensures: results equal up to rounding (a few 1e-6 of the largest).
+    `choose` decides for each node.
     """
 
     lanes: int
     training: bool = False
+    choose: Choose = predicted_best
 
     def run(self, graph: Graph) -> Graph:
         if graph.annotations.get("layout_mode") != CHANNELS:
@@ -37,12 +46,11 @@ class WinogradConvolutions(Pass):
             rewrite = _REWRITES.get(node.op)
             if rewrite is None or not is_short(node) or min(_channels(node)) < self.lanes:
                 return None
-            costs = _costs(node, self.training)
-            best = min(costs, key=costs.__getitem__)
-            if best == 0 or costs[best] > WORTH * costs[0]:
+            best = self.choose(node, _costs(node, self.training), CHANNELS)
+            if best == "direct":
                 return None
-            note(new, f"{node.name}: F({best},{_weight(node)[3]}) patches")
-            return (rewrite(node, inputs, best),)
+            note(new, f"{node.name}: {best}")
+            return (rewrite(node, inputs, tile_size(best)),)
 
         return graph.rebuild(visit)
 
@@ -62,14 +70,14 @@ def _pixels(node: Node) -> tuple[int, int]:
     return (node.inputs[1] if node.op == "conv2d_weight_grad" else node[0]).sizes[2:]  # type: ignore[return-value]
 
 
-def _costs(node: Node, training: bool) -> dict[int, float]:
-    """Predicted cost by outputs a patch; 0 is the direct convolution."""
+def _costs(node: Node, training: bool) -> dict[str, float]:
+    """Predicted cost by algorithm."""
     out_channels, channels, taps, _ = _weight(node)
     height, width = _pixels(node)
     images = node.inputs[0].sizes[0]
     direct = images * out_channels * channels * taps * taps * height * width
     patches = by_patches(out_channels, channels, taps, height, width, images, not training)
-    return {0: float(direct), **{m: images * cost for m, cost in patches.items()}}
+    return {"direct": float(direct), **{a: images * cost for a, cost in patches.items()}}
 
 
 def _whole(pixels: tuple[int, ...], outputs: int, taps: int) -> tuple[int, int]:
