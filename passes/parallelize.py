@@ -6,10 +6,10 @@ import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from graphc.ir import Graph, Node
+from graphc.ir import Graph, Node, root
 from passes.base import Pass, note
 from passes.liveness import storage_bytes
-from passes.schedule import edges
+from passes.schedule import edges, readers
 
 # A group must be worth its simultaneous lifetimes.
 SHORTEST = 2
@@ -33,6 +33,9 @@ class Parallelize(Pass):
 
     def run(self, graph: Graph) -> Graph:
         counts = {n.name: self.blocks(n) for n in graph if _runs(n)}
+        for node in reversed(graph.nodes):
+            if counts.get(node.name) and _expands_for_all(graph, node, counts):
+                counts[node.name] = None
         new = graph.reordered(_order(graph, counts))
         groups = _groups(new, counts)
         new.annotations["groups"] = tuple(
@@ -89,6 +92,20 @@ def _order(graph: Graph, counts: dict[str, int | None]) -> list[Node]:
 def _runs(node: Node) -> bool:
     """Whether a node is a kernel of the step: it may be a source, an alias, or run beforehand."""
     return node.op == "fused" and "prepared" not in node.attrs
+
+
+def _expands_for_all(graph: Graph, node: Node, counts: dict[str, int | None]) -> bool:
+    """Whether a node makes more than it reads, of what is kept anyway, for kernels of the whole
+    batch alone: better made just before them than kept through a group."""
+    made = sum(storage_bytes(v) for v in node.outputs)
+    read = sum(storage_bytes(v) for v in node.inputs)
+    users = [n for v in node.outputs for n in readers(graph, v)]
+    return (
+        made > read
+        and all(len(readers(graph, root(v))) > 1 for v in node.inputs if v.node.op != "constant")
+        and bool(users)
+        and all(counts.get(n.name) is None for n in users)
+    )
 
 
 def _blocked(ready: dict[int | None, list[int]]) -> int | None:

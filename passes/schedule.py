@@ -114,13 +114,13 @@ def edges(graph: Graph, updates_in_place: bool = True) -> tuple[list[list[int]],
             node = value.node
             # Only a node that nothing waits for: more edges into it can never close a cycle.
             if graph.nx.out_degree(node.name) == 0 and node.op not in SOURCES:
-                for reader in _readers(graph, graph.node(name)[0]):
+                for reader in readers(graph, graph.node(name)[0]):
                     if reader is not node:
                         edge(position[reader.name], position[node.name])
     return successors, waiting
 
 
-def _readers(graph: Graph, value: Value) -> list[Node]:
+def readers(graph: Graph, value: Value) -> list[Node]:
     """Nodes that read a value, directly or through views, each once."""
     found: dict[str, Node] = {}
     stack = [value]

@@ -40,6 +40,8 @@ def rank_schedules(
     if lane or _main_reduction(kernel):
         tiles = _rank_tiles(kernel, lane, lanes, fixed, {blocks: together}, most)
     outer = tuple(n for n in kernel.outer if n != lane)
+    if not blocks:
+        outer = _ordered(kernel, outer)
     schedules = []
     for tile in tiles:
         counts = dict(tile)
@@ -47,6 +49,17 @@ def rank_schedules(
         shared = 1 if blocks else _shared(trips, threads) if threads > 1 else 0
         schedules.append(Schedule(lane, tile, outer, shared))
     return schedules
+
+
+def _ordered(kernel: Kernel, outer: tuple[str, ...]) -> tuple[str, ...]:
+    """Loops over which neither factor of the main product can be used again come first.
+
+    The points of a Winograd product are an example: what belongs to one stays in the cache."""
+    main = _main_reduction(kernel)
+    if main is None:
+        return outer
+    left, right = ({n for a in _operand(f) for n, _ in a.strides} for f in _factors(main))
+    return tuple(sorted(outer, key=lambda n: n not in left & right))
 
 
 def _shared(trips: list[int], threads: int) -> int:
@@ -356,6 +369,7 @@ def _tile_cost(
     One tile runs the whole reduction: `steps` times `accumulators` multiply-adds. `operands` are
     the accesses behind either factor."""
     counts = dict(tile)
+    reach = {**counts, lane: lanes} if lane else counts
     registers = 32 if lanes in (4, 16) else 16
     loops = [n for n in main.attributes["loops"] if n != lane]
     steps = kernel.trips(loops)
@@ -372,16 +386,11 @@ def _tile_cost(
             # Addresses that x86 cannot form from a base and one stride are pointers of their own.
             far = math.prod(c for n, c in tile if a.stride(n) not in (0, 1, -1, lanes, 2 * lanes))
             pointers += max(0, far - 5)
-            size = _distinct(kernel, a, counts, loops) * (
-                4 * lanes if lane and a.stride(lane) else 4
-            )
+            size = _touched(kernel, a, reach, loops)
             footprint += size
             if inner is not None and a.stride(inner):
-                step = counts.get(inner, 1)
-                more = _distinct(kernel, a, {**counts, inner: 2 * step}, loops) * (
-                    4 * lanes if lane and a.stride(lane) else 4
-                )
-                fresh += more - size
+                step = 2 * counts.get(inner, 1)
+                fresh += _touched(kernel, a, {**reach, inner: step}, loops) - size
     # Operands that are used once may be memory operands; the smaller side stays in registers.
     need = accumulators + min(values) + (1 if max(values) > 1 else 0)
     spilled = max(0, need - registers)
@@ -402,6 +411,7 @@ def _tile_cost(
 
 
 # What a tile may keep in the first and second cache, and what a core gets from the next one.
+_LINE_BYTES = 64.0
 _L1_BYTES = 28_000
 _L2_BYTES = 400_000
 _L2_BYTES_PER_CYCLE = 24.0
@@ -419,14 +429,20 @@ def _operand(factor: Expr) -> list[Access]:
     return found
 
 
-def _distinct(kernel: Kernel, access: Access, counts: dict[str, int], loops: list[str]) -> float:
-    """Elements that one tile touches.
+def _touched(kernel: Kernel, access: Access, counts: dict[str, int], loops: list[str]) -> float:
+    """Bytes in the cache lines that one tile touches; `counts` includes the lane.
 
     Loops of one stride overlap (the sliding window of a convolution)."""
     reach: dict[int, int] = {}
     for n in [*counts, *loops]:
-        stride = access.stride(n)
+        stride = abs(access.stride(n))
         if stride:
             extent = counts[n] if n in counts else kernel.loops[n].extent
             reach[stride] = reach.get(stride, 1) + extent - 1
-    return math.prod(reach.values())
+    run, runs = 1, 1
+    for stride in sorted(reach):
+        if stride <= run:
+            run += stride * (reach[stride] - 1)
+        else:
+            runs *= reach[stride]
+    return runs * max(4.0 * run, _LINE_BYTES)
