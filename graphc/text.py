@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +21,7 @@ def format_node(node: Node) -> str:
     left = ", ".join(
         f"%{v.name}: {v.type}" + ("" if v.layout == ROWS else f" @{v.layout}") for v in node.outputs
     )
-    shown = {k: v for k, v in node.attrs.items() if k != "type" and not (k == "init" and v is None)}
-    attrs = ", ".join(f"{k}={_format_attribute(v)}" for k, v in shown.items())
+    attrs = ", ".join(f"{key}={text}" for key, text in shown_attributes(node))
     operands = ", ".join(f"%{v.name}" for v in node.inputs)
     comment = ", ".join(
         p
@@ -33,6 +33,13 @@ def format_node(node: Node) -> str:
         + (f" {{{attrs}}}" if attrs else "")
         + (f"  # {comment}" if comment else "")
     )
+
+
+def shown_attributes(node: Node) -> Iterator[tuple[str, str]]:
+    """Name and text of the attributes that the types do not tell."""
+    for key, value in node.attrs.items():
+        if key != "type" and not (key == "init" and value is None):
+            yield key, _format_attribute(value)
 
 
 def _format_attribute(value: Any) -> str:

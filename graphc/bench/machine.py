@@ -89,6 +89,11 @@ class Machine:
     gflops: float
     read: tuple[tuple[int, float], ...]
 
+    @property
+    def level_names(self) -> tuple[str, ...]:
+        """What the entries of `read` are limits of."""
+        return LEVELS
+
     def bandwidth(self, nbytes: float) -> float:
         """GB/s at which a working set of `nbytes` is read: that of the cache that it fits."""
         return self.read[LEVELS.index(self.level(nbytes))][1]

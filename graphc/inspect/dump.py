@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,11 @@ from graphc.inspect.memory import memory
 from graphc.inspect.rerun import runnable_source
 from graphc.inspect.text import table
 from graphc.ir import SOURCES, Graph, Value, root
+from graphc.viz.draw import LARGE, scene
 from graphc.viz.formats import to_dot
+from graphc.viz.outline import Cells, Group, outline
+from graphc.viz.report import page
+from graphc.viz.report.data import ReportData
 
 if TYPE_CHECKING:
     from graphc.runtime.executable import Executable
@@ -52,19 +56,11 @@ def dump(executable: Executable, folder: str | os.PathLike[str]) -> Path:
 
 
 def _write_dump(executable: Executable, folder: Path) -> None:
-    passes = folder / "passes"
-    passes.mkdir()
-    records: list[Any] = []
-
-    def observe(record: Any, graph: Graph) -> None:
-        base = passes / f"{len(records):02d}_{file_name(record.name)}"
-        base.with_suffix(".txt").write_text(graph_text(graph), encoding="utf-8")
-        base.with_suffix(".dot").write_text(to_dot(graph), encoding="utf-8")
-        records.append(record)
-
+    passes = _Passes(executable, folder / "passes")
     if executable.replay is not None:
-        executable.replay(observe)
-    _write(folder / "passes.txt", (f"{n:02d} {record}" for n, record in enumerate(records)))
+        executable.replay(passes.observe)
+    (folder / "index.html").write_text(passes.page(), encoding="utf-8")
+    _write(folder / "passes.txt", (f"{n:02d} {r}" for n, r in enumerate(passes.records)))
     _write(folder / "explain.txt", [explain(executable).rstrip()])
     if not hasattr(executable, "launches"):
         return
@@ -80,7 +76,48 @@ def _write_dump(executable: Executable, folder: Path) -> None:
         path.write_text(runnable_source(launch), encoding="utf-8")
 
 
-def _write(path: Path, lines: Iterator[str] | list[str]) -> None:
+class _Passes:
+    """Writes the graph after each pass, and collects the report on the way."""
+
+    def __init__(self, executable: Executable, folder: Path) -> None:
+        self.executable, self.folder = executable, folder
+        self.records: list[Any] = []
+        self._cells = Cells()
+        self._data = ReportData(self._cells)
+        self._tree: Group | None = None
+        self._last = ("", folder)
+        folder.mkdir()
+
+    def observe(self, record: Any, graph: Graph) -> None:
+        base = self.folder / f"{len(self.records):02d}_{file_name(record.name)}"
+        text = graph_text(graph)
+        if text == self._last[0]:  # a pass that changed nothing
+            for suffix in (".txt", ".dot", ".svg"):
+                shutil.copyfile(self._last[1].with_suffix(suffix), base.with_suffix(suffix))
+        else:
+            self._write_graph(base, text, graph)
+        self._last = text, base
+        self._data.observe(record, graph)
+        self.records.append(record)
+
+    def _write_graph(self, base: Path, text: str, graph: Graph) -> None:
+        tree = self._outline(graph)
+        picture = scene(graph, tree, self._cells) if len(graph) > LARGE else scene(graph)
+        base.with_suffix(".txt").write_text(text, encoding="utf-8")
+        base.with_suffix(".dot").write_text(to_dot(graph), encoding="utf-8")
+        base.with_suffix(".svg").write_text(picture.svg(), encoding="utf-8")
+
+    def _outline(self, graph: Graph) -> Group:
+        """One for all passes: what they leave alone stays where it is."""
+        if self._tree is None:
+            self._tree = outline([graph, self.executable.graph])
+        return self._tree
+
+    def page(self) -> str:
+        return page(self._data.finish(self.executable, self._outline(self.executable.graph)))
+
+
+def _write(path: Path, lines: Iterable[str]) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -111,7 +148,7 @@ def _launch_lines(executable: Executable) -> list[str]:
     infos = kernels(executable)
     for number, (info, launch) in enumerate(zip(infos, launched(executable), strict=True)):
         buffers = [*launch.node.inputs, *launch.node.outputs]
-        places = " ".join(_place(v, plan) for v in buffers)
+        places = " ".join(place_text(v, plan) for v in buffers)
         alone = "thread 0" if info.parallel == 0 else "all"
         values = " ".join(map(str, launch.call.numbers))
         digest = Path(info.file).stem[:12]
@@ -120,7 +157,8 @@ def _launch_lines(executable: Executable) -> list[str]:
     return table(head, rows, left=len(head))
 
 
-def _place(value: Value, plan: Any) -> str:
+def place_text(value: Value, plan: Any) -> str:
+    """Where a value lies: `name@offset` in the arena, or what kind of memory of its own it has."""
     owner = root(value)
     offset = plan.offset(value)
     if offset is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from graphc.inspect.kernels import kernels
@@ -19,25 +19,29 @@ if TYPE_CHECKING:
 
 def explain(executable: Executable) -> str:
     """The compiler's choices as text, one line each, in sections."""
+    parts = [_headline(executable)]
+    for title, lines in sections(executable).items():
+        parts.append("\n".join([title, *(f"  {line}" for line in lines)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def sections(executable: Executable) -> dict[str, list[str]]:
+    """The lines of an explanation by title of their section."""
     graph = executable.graph
-    sections = [_headline(executable)]
+    found: dict[str, Iterable[str]] = {}
     if executable.records:
-        sections.append(_section("Passes", map(str, executable.records)))
+        found["Passes"] = map(str, executable.records)
     if hasattr(executable, "launches"):
-        sections += [
-            _section("Convolution algorithms", _convolution_lines(executable)),
-            _section("Layouts", _layout_lines(graph)),
-            _section("Layout conversions", _conversion_lines(graph)),
-            _section("Computed again instead of stored", _recomputed_lines(graph)),
-            _section("Neighbours kept apart", _apart_lines(graph)),
-            _section("Groups", _group_lines(graph)),
-            _section("Kernels", (line for i in kernels(executable) for line in str(i).split("\n"))),
-        ]
-    return "\n\n".join(sections) + "\n"
-
-
-def _section(title: str, lines: Iterator[str]) -> str:
-    return "\n".join([title, *(f"  {line}" for line in lines)])
+        found |= {
+            "Convolution algorithms": _convolution_lines(executable),
+            "Layouts": _layout_lines(graph),
+            "Layout conversions": _conversion_lines(graph),
+            "Computed again instead of stored": _recomputed_lines(graph),
+            "Neighbours kept apart": _apart_lines(graph),
+            "Groups": _group_lines(graph),
+            "Kernels": (line for i in kernels(executable) for line in str(i).split("\n")),
+        }
+    return {title: list(lines) for title, lines in found.items()}
 
 
 def _headline(executable: Executable) -> str:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 Key = Hashable
 Point = tuple[float, float]
+Name = TypeVar("Name", bound=Hashable)
 
 _ORDER_SWEEPS = 12
 _PLACE_SWEEPS = 12
@@ -41,25 +43,7 @@ def layered(
     of their own in between, so that they go round boxes; edges of one source share them.
     """
     edges = list(dict.fromkeys(edges))
-    layers: list[list[Key]] = [[] for _ in range(max(level.values(), default=-1) + 1)]
-    for key in sizes:
-        layers[level[key]].append(key)
-    above: dict[Key, list[Key]] = {key: [] for key in sizes}
-    chains = {edge: [edge[0]] for edge in edges}
-    for source, target in edges:
-        for row in range(level[source] + 1, level[target]):
-            waypoint: Key = (_Waypoint, source, row)
-            if waypoint not in above:
-                above[waypoint] = [chains[source, target][-1]]
-                layers[row].append(waypoint)
-            chains[source, target].append(waypoint)
-        above[target].append(chains[source, target][-1])
-        chains[source, target].append(target)
-    below: dict[Key, list[Key]] = {key: [] for key in above}
-    for key, sources in above.items():
-        for source in sources:
-            below[source].append(key)
-
+    layers, above, below, chains = _chained(sizes, edges, level)
     layers = _order(layers, above, below)
     width_of = {key: sizes[key][0] if key in sizes else 4.0 for key in above}
     centre = _centres(layers, above, below, width_of, gap)
@@ -85,6 +69,48 @@ def layered(
             points += anchors[waypoint]
         layout.routes[edge] = [*points, anchors[edge[1]][0]]
     return layout
+
+
+def rows(order: Sequence[Name], edges: Iterable[tuple[Name, Name]]) -> list[list[Name]]:
+    """The nodes by level, in an order within each level that has few crossings; no coordinates.
+
+    `order` is topological."""
+    links: list[tuple[Key, Key]] = list(dict.fromkeys(edges))
+    layers, above, below, _ = _chained(order, links, levels(order, links))
+    own: dict[Key, Name] = {key: key for key in order}
+    return [[own[k] for k in layer if k in own] for layer in _order(layers, above, below)]
+
+
+def _chained(
+    keys: Iterable[Key], edges: Sequence[tuple[Key, Key]], level: Mapping[Key, int]
+) -> tuple[
+    list[list[Key]],
+    dict[Key, list[Key]],
+    dict[Key, list[Key]],
+    dict[tuple[Key, Key], list[Key]],
+]:
+    """Layers, neighbours above and below, and the chain of each edge, with a waypoint in every
+    layer that an edge passes through."""
+    layers: list[list[Key]] = [[] for _ in range(max(level.values(), default=-1) + 1)]
+    above: dict[Key, list[Key]] = {}
+    for key in keys:
+        layers[level[key]].append(key)
+        above[key] = []
+    chains = {edge: [edge[0]] for edge in edges}
+    for source, target in edges:
+        for row in range(level[source] + 1, level[target]):
+            waypoint: Key = (_Waypoint, source, row)
+            if waypoint not in above:
+                above[waypoint] = [chains[source, target][-1]]
+                layers[row].append(waypoint)
+            chains[source, target].append(waypoint)
+        above[target].append(chains[source, target][-1])
+        chains[source, target].append(target)
+    below: dict[Key, list[Key]] = {key: [] for key in above}
+    for key, sources in above.items():
+        for source in sources:
+            below[source].append(key)
+    return layers, above, below, chains
 
 
 def levels(order: Sequence[Key], edges: Iterable[tuple[Key, Key]]) -> dict[Key, int]:

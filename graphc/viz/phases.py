@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from graphc.ir import Node
 
+PHASES = ("forward", "backward", "update")
 # phase -> (fill, stroke)
 COLOURS = {
     "forward": ("#e9f1fb", "#4a78b5"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
@@ -27,6 +27,9 @@ class Rectangle:
     radius: float = 5.0
     tooltip: str = ""
 
+    def moved(self, x: float, y: float) -> Rectangle:
+        return replace(self, x=self.x + x, y=self.y + y)
+
 
 @dataclass(frozen=True)
 class Text:
@@ -40,25 +43,44 @@ class Text:
     anchor: str = "start"
     bold: bool = False
 
+    def moved(self, x: float, y: float) -> Text:
+        return replace(self, x=self.x + x, y=self.y + y)
+
 
 @dataclass(frozen=True)
 class Curve:
-    """A smooth line through points, vertical at both ends, with an arrow head at the last."""
+    """A smooth line through points with an arrow head at the last.
+
+    It is vertical at both ends, or horizontal if it goes `sideways`."""
 
     points: tuple[Point, ...]
     stroke: str
     width: float = 1.3
+    sideways: bool = False
+
+    def moved(self, x: float, y: float) -> Curve:
+        return replace(self, points=tuple((px + x, py + y) for px, py in self.points))
 
     def beziers(self) -> list[tuple[Point, Point, Point, Point]]:
-        """Cubic pieces, each with vertical tangents: (start, control, control, end)."""
+        """Cubic pieces, each with those tangents: (start, control, control, end)."""
+        pieces = zip(self.points, self.points[1:], strict=False)
+        if self.sideways:
+            return [
+                ((x0, y0), ((x0 + x1) / 2, y0), ((x0 + x1) / 2, y1), (x1, y1))
+                for (x0, y0), (x1, y1) in pieces
+            ]
         return [
             ((x0, y0), (x0, (y0 + y1) / 2), (x1, (y0 + y1) / 2), (x1, y1))
-            for (x0, y0), (x1, y1) in zip(self.points, self.points[1:], strict=False)
+            for (x0, y0), (x1, y1) in pieces
         ]
 
     def arrow(self) -> list[Point]:
-        (x, y) = self.points[-1]
-        return [(x, y), (x - 3.6, y - 7), (x + 3.6, y - 7)]
+        (x0, y0), (x, y) = self.points[-2:]
+        if self.sideways:
+            back = 7 if x < x0 else -7
+            return [(x, y), (x + back, y - 3.6), (x + back, y + 3.6)]
+        back = 7 if y < y0 else -7
+        return [(x, y), (x - 3.6, y + back), (x + 3.6, y + back)]
 
 
 @dataclass
