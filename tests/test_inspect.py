@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 
 import numpy as np
@@ -220,19 +221,17 @@ def test_dump_holds_everything(step, tmp_path):
     texts = sorted((folder / "passes").glob("*.txt"))
     # As declared and with its sizes bound come first.
     assert len(texts) == len(step.records) + 2
-    assert len(texts) == len(list((folder / "passes").glob("*.dot")))
+    for suffix in ("dot", "svg"):
+        assert len(texts) == len(list((folder / "passes").glob(f"*.{suffix}")))
+    for picture in (folder / "passes").glob("*.svg"):
+        ElementTree.fromstring(picture.read_text())
     assert [t.name for t in texts[:2]] == ["00_declared.txt", "01_bind.txt"]
     assert [t.stem[3:] for t in texts[2:]] == [r.name for r in step.records]
     assert texts[-1].read_text() == dump.graph_text(step.graph)
-    names = {p.name for p in folder.iterdir()}
-    assert names == {
-        "passes",
-        "kernels",
-        "passes.txt",
-        "explain.txt",
-        "memory.txt",
-        "launches.txt",
-    }
+    files = "index.html passes.txt explain.txt memory.txt launches.txt".split()
+    if step.last_profile is not None:
+        files += ["profile.txt", "profile.json", "trace.json"]
+    assert {p.name for p in folder.iterdir()} == {"passes", "kernels", *files}
     kernels = sorted((folder / "kernels").glob("*.py"))
     assert len(kernels) == len(step.kernels())
     for path in kernels:
@@ -348,7 +347,8 @@ def test_interpreted_executables_say_what_they_lack(interpreted, tmp_path):
             method()
     assert "NumPy reference" in interpreted.explain()
     folder = interpreted.dump(tmp_path / "dump")
-    assert {p.name for p in folder.iterdir()} == {"passes", "passes.txt", "explain.txt"}
+    names = {p.name for p in folder.iterdir()}
+    assert names == {"index.html", "passes", "passes.txt", "explain.txt"}
 
 
 # ---- the machine's limits
