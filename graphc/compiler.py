@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from graphc import errors
@@ -28,6 +29,7 @@ from passes.parallelize import Parallelize
 from passes.pipeline import BACKWARD, FORWARD
 from passes.plan_memory import PlanMemory
 from passes.receive_padded import ReceivePadded
+from passes.rematerialize import Rematerialize
 from passes.repeat_affine import RepeatAffine
 from passes.schedule import Schedule
 from passes.set_mode import SetMode
@@ -66,7 +68,8 @@ def compile(
     optimizer  an optimizer of `gc.optim`: one call is a whole training step
     target     "cpu" (native code) or "interpret" (NumPy references, the oracle)
     threads    threads of one call; default: every core this process may use
-    memory_limit  most bytes of activations, e.g. "200MB"; refused if the plan cannot do with less
+    memory_limit  most bytes of activations, e.g. "200MB"; the cheapest values are computed again
+                  until the plan fits, or the graph is refused with the least that is possible
     precision  "float32"; "strict" forbids algorithms that round more than a direct convolution
     mode       "train" or "infer", for batch norm and dropout; default: train where a loss is
                differentiated, else infer
@@ -78,10 +81,15 @@ def compile(
     Raises GraphcError subclasses, each naming the node and what to change.
     """
     _check_options(target, threads, precision, mode, outputs, gradients, optimizer, tune)
+    if check and memory_limit is not None:
+        raise errors.CompileError(
+            "check=True keeps every value in memory of its own: leave memory_limit out"
+        )
     declared, limit = graph.copy(), _bytes(memory_limit)
     cores = 1
     if target != "interpret":
         from graphc.codegen import target as cpu_target
+        from graphc.inspect.work import predicted_seconds
         from graphc.runtime.cpu import CpuExecutable
         from graphc.runtime.team import available_cores
 
@@ -110,15 +118,12 @@ def compile(
         cpu_target.lower_graph(fused)
         planned, final = memory_pipeline(cores, check).run(fused, observer=observer)
         if limit is not None and planned.annotations["memory"].arena_bytes > limit:
-            # Values of a group all live at once: without groups the plan is as small as it gets.
-            small = memory_pipeline(cores, check).without("parallelize")
+            seconds = partial(predicted_seconds, lanes=cpu_target.host_lanes(), threads=cores)
+            # Values of a group all live at once, and grouping moves what is computed again.
+            repeat = Rematerialize(limit, seconds, updates_in_place=True)
+            small = memory_pipeline(cores).without("parallelize")
+            small = small.with_inserted(repeat, after="schedule")
             planned, final = small.run(fused, observer=observer)
-            least = planned.annotations["memory"].arena_bytes
-            if least > limit:
-                raise errors.CompileError(
-                    f"memory_limit={memory_limit!r}: graph {graph.name!r} needs {least} bytes of "
-                    f"activations at least ({least / 1e6:.1f} MB); use a smaller batch or raise it"
-                )
         return planned, (*records, *more, *final)
 
     if target == "interpret":

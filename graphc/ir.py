@@ -360,19 +360,19 @@ class Graph:
         new.updates = {k: mapping[v] for k, v in self.updates.items()}
         return new
 
-    def copy_node(self, node: Node, inputs: tuple[Value, ...]) -> Node:
+    def copy_node(self, node: Node, inputs: tuple[Value, ...], name: str | None = None) -> Node:
         """Append a copy of a node of another graph, keeping name, origin and layouts."""
         if all(new.type == old.type for new, old in zip(inputs, node.inputs, strict=True)):
             exact = node.op in NAMED_SOURCES
-            name, attrs = self._unique(node.name, exact), dict(node.attrs)
-            copy = Node(self, name, node.op, inputs, attrs, node.types, node.origin)
+            unique, attrs = self._unique(name or node.name, exact), dict(node.attrs)
+            copy = Node(self, unique, node.op, inputs, attrs, node.types, node.origin)
             for slot, value in enumerate(inputs):
                 if value.graph is not self:
                     self._refuse(value, f"operand {slot} of {copy.describe()}")
             self._append(copy)
         else:
             with self.origin(node.origin):
-                copy = self.add(node.op, inputs, node.attrs, name=node.name)
+                copy = self.add(node.op, inputs, node.attrs, name=name or node.name)
         copy.layouts = node.layouts
         return copy
 
@@ -391,12 +391,16 @@ class Graph:
         return self.reordered(node for node in self.nodes if node.name in needed)
 
     def reordered(self, order: Iterable[Node]) -> Graph:
-        """A new graph of these nodes, operands before their readers, and of their results."""
+        """A new graph of these nodes, operands before their readers, and of their results.
+
+        A node may come more than once: readers take what its latest copy makes. The first has its
+        name, another is called `<name>.again`."""
         new = Graph(self.name)
         new.annotations = dict(self.annotations)
         mapping: dict[Value, Value] = {}
         for node in order:
-            copy = new.copy_node(node, tuple(mapping[v] for v in node.inputs))
+            name = f"{node.name}.again" if node.name in new else node.name
+            copy = new.copy_node(node, tuple(mapping[v] for v in node.inputs), name)
             mapping.update(zip(node.outputs, copy.outputs, strict=True))
         new.outputs = {k: mapping[v] for k, v in self.outputs.items() if v in mapping}
         new.updates = {k: mapping[v] for k, v in self.updates.items() if v in mapping}

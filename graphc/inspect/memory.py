@@ -23,7 +23,9 @@ class MemoryReport:
     value had its own memory. parameter_bytes, prepared_bytes (what is computed from parameters
     alone), state_bytes (running statistics, optimizer), input_bytes, constant_bytes: outside the
     arena, for as long as the executable lives.
-    plan: the `MemoryPlan`, with every value's offset and lifetime.
+    plan: the `MemoryPlan`, with every value's offset and lifetime (`plan.lifetimes`).
+    recomputed: what `memory_limit` made a step compute again and the time that is predicted to
+    take (`passes.rematerialize.Recomputation`); None if the plan fitted as it was.
     """
 
     arena_bytes: int
@@ -35,6 +37,7 @@ class MemoryReport:
     input_bytes: int
     constant_bytes: int
     plan: Any
+    recomputed: Any = None
 
     @property
     def total_bytes(self) -> int:
@@ -56,6 +59,8 @@ class MemoryReport:
             f"constants     {size_text(self.constant_bytes):>10}",
             f"in all        {size_text(self.total_bytes):>10}",
         ]
+        if self.recomputed is not None:
+            lines.append(f"recomputed    {self.recomputed}")
         if self.plan is not None and self.plan.lifetimes:
             lines += ["largest activations (offset, size, live from..to step):"]
             lines += self.plan.report(rows=12).splitlines()[1:]
@@ -82,4 +87,5 @@ def memory(executable: Executable) -> MemoryReport:
         held["input"],
         held["constant"],
         plan,
+        executable.graph.annotations.get("recomputed"),
     )

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from graphc.codegen.kernel import Access, Kernel
-from graphc.codegen.program import Launch
+from graphc.codegen.program import Launch, lower_node
 from graphc.codegen.reductions import known_factor
 from graphc.expr import FUNCTIONS, Expr, Index
 from graphc.ir import SOURCES, Graph, Node, Value
@@ -94,8 +94,12 @@ def _share_within(kernel: Kernel, index: Index, extent: int) -> float:
 
 def launch_bytes(launch: Launch) -> int:
     """Bytes that a launch must move: each element of an operand it reads, each result, once."""
-    kernel = launch.kernel
-    values: list[Value] = [*launch.node.inputs, *launch.node.outputs]
+    return kernel_bytes(launch.kernel, launch.node)
+
+
+def kernel_bytes(kernel: Kernel, node: Node) -> int:
+    """`launch_bytes` of a region that has a kernel and no schedule yet."""
+    values: list[Value] = [*node.inputs, *node.outputs]
     touched: dict[int, set[Access]] = {}
     for e in kernel.expressions():
         if e.op == "load":
@@ -141,3 +145,21 @@ def _multiply_adds(node: Node) -> int:
     if node.op == "conv2d_weight_grad":
         return node.inputs[1].type.size * math.prod(map(int, node.types[0].shape[1:]))
     return 0
+
+
+# A core of no machine in particular: what `predicted_seconds` compares kernels by.
+_CLOCK = 3e9
+_OPERATIONS_PER_LANE = 4.0  # a cycle: two fused multiply-adds
+_BYTES_PER_CYCLE = 9.0  # from and to the cache that the cores share
+
+
+def predicted_seconds(node: Node, lanes: int, threads: int) -> float:
+    """Time of a region from its operations and its bytes, whichever takes longer (the roofline
+    model: Williams, Waterman & Patterson 2009), on cores of a nominal 3 GHz that share it evenly.
+
+    Good for comparing kernels, and for shares of a step; the machine's own figures are in
+    `graphc.bench.machine`."""
+    kernel = lower_node(node)
+    arithmetic = kernel_flops(kernel) / (_OPERATIONS_PER_LANE * lanes)
+    memory = kernel_bytes(kernel, node) / _BYTES_PER_CYCLE
+    return max(arithmetic, memory) / (_CLOCK * threads)
