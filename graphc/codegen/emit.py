@@ -31,6 +31,7 @@ class Scope:
     bound: frozenset[str]
     depth: int
     lines: list[str] = field(default_factory=list)
+    end: str = ""  # what a loop does at the end of each iteration
     values: dict[tuple, Var] = field(default_factory=dict)
     addresses: dict[tuple, str] = field(default_factory=dict)
 
@@ -119,20 +120,25 @@ class Emitter:
             low, high = "0", self._bound(loop)
             for lower, upper in (clips or {}).get(loop, []):
                 low, high = f"max({low}, {lower})", f"min({high}, {upper})"
-            header = (
-                f"for {loop} in range({high}):"
-                if low == "0"
-                else f"for {loop} in range({low}, {high}):"
-            )
-            inner.lines.append("    " * scope.depth + header)
+            inner.lines += ["    " * scope.depth + line for line in self.head(inner, loop, low, high)]
             scope = inner
         return scope
+
+    def head(self, inner: Scope, loop: str, low: str, high: str) -> list[str]:
+        """The lines before the body of a loop from `low` to `high`; `inner` is to be its scope."""
+        return [f"for {loop} in range({high if low == '0' else f'{low}, {high}'}):"]
+
+    def index(self, text: str) -> str:
+        """Integer arithmetic as the target wants it; Numba's is 64 bits wide."""
+        return text
 
     def close(self, scope: Scope, until: Scope) -> None:
         """Append finished inner scopes to the scopes around them."""
         while scope is not until:
             parent = scope.parent
             assert parent is not None, "`until` is not around `scope`"
+            if scope.end:
+                scope.add(scope.end)
             parent.lines += scope.lines
             scope = parent
 
@@ -265,9 +271,18 @@ class Emitter:
             name = "0"
         else:
             name = self.fresh(f"at_{self.kernel.buffers[access.buffer].name}_")
-            home.add(f"{name} = {' + '.join(parts)}")
+            home.add(f"{name} = {self.index(' + '.join(parts))}")
         home.addresses[key] = name
         return name
+
+    def safe_address(self, access: Access, scope: Scope) -> str:
+        """The address, or that of element 0 where a bounds check keeps the access from memory."""
+        address = self.address(access, scope)
+        if self.guard:
+            safe = self.fresh("safe")
+            scope.add(f"{safe} = {self.index(f'{address} if {self.guard} else 0')}")
+            address = safe
+        return address
 
     def _unrolled(self, loop: str) -> bool:
         return loop in self.tile and loop not in self.kernel.outer
@@ -276,11 +291,7 @@ class Emitter:
         self, access: Access, axes: tuple[str, ...], vector: bool, scope: Scope, splat: bool = False
     ) -> tuple[str, str, str, tuple[int | None, ...], list[str]]:
         """Of a load or store: kind, address, strides, strides known to the code, more arguments."""
-        address = self.address(access, scope)
-        if self.guard:
-            safe = self.fresh("safe")
-            scope.add(f"{safe} = {address} if {self.guard} else 0")
-            address = safe
+        address = self.safe_address(access, scope)
         extra: list[str] = []
         if not vector:
             kind = "splat" if splat and self.lane else "scalar"
@@ -431,7 +442,7 @@ class Emitter:
             if (id(expr), number) in self.clipped:
                 continue
             name = self.fresh("at")
-            scope.add(f"{name} = {self.integer(index)}")
+            scope.add(f"{name} = {self.index(self.integer(index))}")
             conditions.append(f"0 <= {name} < {extent}" if extent != 1 else f"{name} == 0")
         if not conditions:
             return self.emit(expr.args[0], scope)

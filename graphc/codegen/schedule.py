@@ -33,8 +33,8 @@ def rank_schedules(
     `blocks` names an outermost loop that is shared between threads by itself: the kernel runs
     within a group, `together` blocks at a time."""
     keep = {blocks} if blocks else set()
-    _collapse(kernel, _bounded(kernel) | keep)
-    fixed = _bounded(kernel)
+    collapse(kernel, bounded(kernel) | keep)
+    fixed = bounded(kernel)
     lane = _choose_lane(kernel, lanes, fixed)
     tiles: list[tuple[tuple[str, int], ...]] = [()]
     if lane or _main_reduction(kernel):
@@ -78,7 +78,7 @@ def loads(kernel: Kernel) -> list[Expr]:
     return [e for e in kernel.expressions() if e.op == "load"]
 
 
-def _bounded(kernel: Kernel) -> set[str]:
+def bounded(kernel: Kernel) -> set[str]:
     """Loops that bounds checks look at.
 
     They are neither lanes nor tiles, whose elements would need checks each."""
@@ -100,7 +100,7 @@ def _in_argmax(kernel: Kernel) -> set[str]:
     }
 
 
-def _collapse(kernel: Kernel, fixed: set[str]) -> None:
+def collapse(kernel: Kernel, fixed: set[str]) -> None:
     """Merge neighbouring outer loops that every access walks through without a gap.
 
     Elementwise kernels become one flat loop, the same for every shape."""

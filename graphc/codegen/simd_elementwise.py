@@ -1,7 +1,7 @@
 """Element-wise arithmetic, comparison, selection and bit functions of the SIMD vocabulary.
 
 One table, `FUNCTIONS`: name -> intrinsic.  None of them depends on the number of lanes (the
-operands' types carry it), so all vocabularies share them.
+operands' types carry it), so all vocabularies share them, and so does the CUDA vocabulary.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from llvmlite import ir
+from numba.extending import intrinsic
 
 from graphc.codegen import simd_math
 from graphc.codegen.simd_operands import elementwise
-from graphc.codegen.simd_values import DTYPES, FLOATS, I1, INTEGERS, NUMBERS, Value, fma, select
+from graphc.codegen.simd_values import DTYPES, FLOATS, INTEGERS, NUMBERS, Value, fma, select
 
 
 def maximum(x: Value, y: Value) -> Value:
@@ -36,9 +36,7 @@ def relu(x: Value) -> Value:
 
 def absolute(x: Value) -> Value:
     """|x|; the most negative integer stays as it is."""
-    if x.emitter.is_float:
-        return x.emitter.call("fabs", x)
-    return x.emitter.call("abs", x, extra=(ir.Constant(I1, 0),))
+    return x.emitter.call("fabs", x) if x.emitter.is_float else select(x < 0, -x, x)
 
 
 def sign(x: Value) -> Value:
@@ -104,15 +102,23 @@ _TABLE += [
     for name in "exp log log1p expm1 tanh erf sigmoid sin cos pow".split()
 ]
 
-FUNCTIONS: dict[str, Any] = {row[0]: elementwise(*row) for row in _TABLE}
+
+def functions(decorator=intrinsic) -> dict[str, Any]:
+    """Every function by name, for the target whose @intrinsic is given."""
+    return {row[0]: elementwise(*row, decorator=decorator) for row in _TABLE}
+
+
+FUNCTIONS = functions()
 
 
 @cache
-def cast(dtype: str):
+def cast(dtype: str, decorator=intrinsic):
     """The intrinsic that converts to `dtype`: float to int truncates, to bool is `!= 0`.
 
     A float outside the integer's range, or NaN, gives an unspecified integer.
     """
     if dtype not in DTYPES:
         raise ValueError(f"cast: unknown dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
-    return elementwise(f"cast_{dtype}", "x", lambda x: x.convert(dtype), DTYPES, dtype)
+    return elementwise(
+        f"cast_{dtype}", "x", lambda x: x.convert(dtype), DTYPES, dtype, decorator=decorator
+    )

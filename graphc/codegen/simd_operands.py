@@ -166,10 +166,11 @@ def tile_type(dtype: str, lanes: int | None, count: int) -> types.UniTuple:
     return types.UniTuple(numba_type(dtype, lanes), count)
 
 
-def named_intrinsic(name: str, parameters: str, typing: Callable) -> Any:
+def named_intrinsic(name: str, parameters: str, typing: Callable, decorator=intrinsic) -> Any:
     """Numba's @intrinsic with a given name and parameters (names separated by spaces).
 
     `typing(*argument_types)` returns (signature, codegen); Numba caches it by the argument types.
+    `decorator` is the @intrinsic of the target: the CPU's, or that of `numba.cuda`.
     """
 
     def definition(typingctx, *arguments):
@@ -181,7 +182,7 @@ def named_intrinsic(name: str, parameters: str, typing: Callable) -> Any:
     # Numba reads the arity here; a starred parameter would be packed into a tuple.
     signature = inspect.Signature([inspect.Parameter(one, kind) for one in names])
     definition.__signature__ = signature  # type: ignore[attr-defined]
-    return intrinsic(definition)
+    return decorator(definition)
 
 
 def elementwise(
@@ -191,6 +192,7 @@ def elementwise(
     accepts: tuple[str, ...],
     result: str | None = None,
     masks: int = 0,
+    decorator=intrinsic,
 ):
     """An intrinsic that applies `emit` to each element of its operands.
 
@@ -229,4 +231,4 @@ def elementwise(
 
         return result_type(*arguments), codegen
 
-    return named_intrinsic(name, parameters, typing)
+    return named_intrinsic(name, parameters, typing, decorator)

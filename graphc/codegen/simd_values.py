@@ -24,6 +24,8 @@ ELEMENT = {
     "bool": I1,
 }
 SUFFIX = {"float32": "f32", "float64": "f64", "int32": "i32", "int64": "i64", "bool": "i1"}
+# Intrinsics of LLVM that libnvvm refuses; its own library has them by these names.
+LIBDEVICE = ("fabs", "rint", "copysign")
 BYTES = {"float32": 4, "float64": 8, "int32": 4, "int64": 8, "bool": 1}
 
 
@@ -62,16 +64,17 @@ class Emitter:
         """A Python number as a constant; a Value as it is."""
         return operand if isinstance(operand, Value) else self.constant(operand)
 
-    def call(self, name: str, *operands: Value, extra: tuple = ()) -> Value:
-        """Call the overloaded intrinsic `llvm.<name>` of this type; `extra` are other arguments."""
+    def call(self, name: str, *operands: Value) -> Value:
+        """Call the overloaded intrinsic `llvm.<name>` of this type."""
         suffix = SUFFIX[self.dtype]
         if self.lanes is not None:
             suffix = f"v{self.lanes}{suffix}"
-        arguments = [operand.ll for operand in operands] + list(extra)
+        arguments = [operand.ll for operand in operands]
         signature = ir.FunctionType(self.type, [argument.type for argument in arguments])
-        function = cgutils.get_or_insert_function(
-            self.builder.module, signature, f"llvm.{name}.{suffix}"
-        )
+        module, symbol = self.builder.module, f"llvm.{name}.{suffix}"
+        if name in LIBDEVICE and module.triple.startswith("nvptx"):
+            symbol = f"__nv_{name}{'f' if self.dtype == 'float32' else ''}"
+        function = cgutils.get_or_insert_function(module, signature, symbol)
         return Value(self, self.builder.call(function, arguments))
 
 
@@ -128,7 +131,8 @@ class Value:
     def __neg__(self):
         emitter = self.emitter
         if emitter.is_float:
-            return Value(emitter, emitter.builder.fneg(self.ll))
+            # As -0.0 - x, which LLVM knows for a negation; libnvvm has no fneg.
+            return Value(emitter, emitter.builder.fsub(emitter.constant(-0.0).ll, self.ll))
         return 0 - self
 
     def __and__(self, other):
