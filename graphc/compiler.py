@@ -9,12 +9,12 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from graphc import errors
-from graphc.ir import Graph, Value, called_from, caller
+from graphc.ir import Graph, Node, Value, called_from, caller
 from graphc.optim import Optimizer
 from graphc.runtime.executable import Executable, InterpretedExecutable
 from passes.assign_layouts import AssignLayouts
@@ -36,7 +36,7 @@ from passes.set_mode import SetMode
 from passes.share_scratch import ShareScratch
 from passes.winograd_convolutions import WinogradConvolutions
 
-TARGETS = ("cpu", "interpret")
+TARGETS = ("cpu", "cuda", "cuda-emulated", "interpret")
 PRECISIONS = ("float32", "strict")
 log = logging.getLogger("graphc.kernels")
 
@@ -66,7 +66,8 @@ def compile(
     loss       name of the scalar to differentiate; needed for `gradients` and `optimizer`
     gradients  names of parameters or inputs; each adds an output "grad:<name>"
     optimizer  an optimizer of `gc.optim`: one call is a whole training step
-    target     "cpu" (native code) or "interpret" (NumPy references, the oracle)
+    target     "cpu" (native code), "cuda" (an NVIDIA GPU), "cuda-emulated" (its kernels, thread by
+               thread on the CPU) or "interpret" (NumPy references, the oracle)
     threads    threads of one call; default: every core this process may use
     memory_limit  most bytes of activations, e.g. "200MB"; the cheapest values are computed again
                   until the plan fits, or the graph is refused with the least that is possible
@@ -86,14 +87,12 @@ def compile(
             "check=True keeps every value in memory of its own: leave memory_limit out"
         )
     declared, limit = graph.copy(), _bytes(memory_limit)
-    cores = 1
-    if target != "interpret":
-        from graphc.codegen import target as cpu_target
-        from graphc.inspect.work import predicted_seconds
-        from graphc.runtime.cpu import CpuExecutable
-        from graphc.runtime.team import available_cores
-
-        cores = threads or available_cores()
+    training = bool(gradients or optimizer)
+    backend: _Backend | None = None
+    if target == "cpu":
+        backend = _cpu_backend(threads, precision, check, training, tune)
+    elif target != "interpret":
+        backend = _cuda_backend(target, precision, check, training)
 
     @called_from(caller())
     def shaped(
@@ -109,41 +108,28 @@ def compile(
             optimizer,
             mode,
             seed,
-            algorithms(target, precision, bool(gradients or optimizer)),
+            backend.algorithms if backend else None,
             observer,
         )
-        if target == "interpret":
+        if backend is None:
             return joint, records
-        fused, more = (pipeline or default_pipeline()).run(joint, observer=observer)
-        cpu_target.lower_graph(fused)
-        planned, final = memory_pipeline(cores, check).run(fused, observer=observer)
+        fused, more = (pipeline or backend.shape).run(joint, observer=observer)
+        backend.lower(fused)
+        planned, final = backend.place.run(fused, observer=observer)
         if limit is not None and planned.annotations["memory"].arena_bytes > limit:
-            seconds = partial(predicted_seconds, lanes=cpu_target.host_lanes(), threads=cores)
             # Values of a group all live at once, and grouping moves what is computed again.
-            repeat = Rematerialize(limit, seconds, updates_in_place=True)
-            small = memory_pipeline(cores).without("parallelize")
-            small = small.with_inserted(repeat, after="schedule")
+            repeat = Rematerialize(limit, backend.seconds, updates_in_place=True)
+            small = backend.place.without("parallelize").with_inserted(repeat, after="schedule")
             planned, final = small.run(fused, observer=observer)
         return planned, (*records, *more, *final)
 
-    if target == "interpret":
+    if backend is None:
         joint, records = shaped()
         executable: Executable = InterpretedExecutable(joint, seed)
     else:
         with _collector_paused():
             planned, records = shaped()
-            lanes = cpu_target.host_lanes()
-            if not tune:
-                launches = cpu_target.plan_launches(planned, lanes, cores)
-        tuning = None
-        if tune:
-            from graphc.tuning import CANDIDATES, tuned_launches
-
-            ranked = cpu_target.rank_launches(planned, lanes, cores, CANDIDATES)
-            report = _progress("compiled"), _progress("measured")
-            launches, tuning = tuned_launches(ranked, cores, *report)
-        executable = CpuExecutable(planned, launches, cores, seed, _progress(), check=check)
-        executable.tuning = tuning
+        executable = backend.build(planned, seed)
     executable.records, executable.replay = records, shaped
     if log.isEnabledFor(logging.INFO):
         for info in executable.kernels():
@@ -176,10 +162,96 @@ def _bytes(limit: int | str | None) -> int | None:
     return int(float(match[1]) * unit ** " kMG".index(match[2] or " "))
 
 
-def default_pipeline(layout: str | None = None) -> Pipeline:
-    """Shape the work for the CPU: padding, fusion, layouts.
+@dataclass(frozen=True)
+class _Backend:
+    """What a target that compiles kernels does with a graph, in this order.
+
+    algorithms  rewrites before and after differentiation
+    shape       passes that decide what becomes a kernel, and layouts
+    lower       renders kernels, or refuses; marks what the memory plan has to know
+    place       passes that order kernels and place values
+    seconds     what a region costs, for choosing what is computed again under a memory limit
+    build       the executable of a planned graph, from a seed
+    """
+
+    algorithms: tuple[Pipeline, Pipeline]
+    shape: Pipeline
+    lower: Callable[[Graph], Any]
+    place: Pipeline
+    seconds: Callable[[Node], float]
+    build: Callable[[Graph, int], Executable]
+
+
+def _cpu_backend(
+    threads: int | None, precision: str, check: bool, training: bool, tune: bool
+) -> _Backend:
+    from graphc.codegen import target as cpu_target
+    from graphc.inspect.work import predicted_seconds
+    from graphc.runtime.cpu import CpuExecutable
+    from graphc.runtime.team import available_cores
+
+    cores, lanes = threads or available_cores(), cpu_target.host_lanes()
+
+    def build(planned: Graph, seed: int) -> Executable:
+        tuning = None
+        if tune:
+            from graphc.tuning import CANDIDATES, tuned_launches
+
+            ranked = cpu_target.rank_launches(planned, lanes, cores, CANDIDATES)
+            launches, tuning = tuned_launches(
+                ranked, cores, _progress("compiled"), _progress("measured")
+            )
+        else:
+            with _collector_paused():
+                launches = cpu_target.plan_launches(planned, lanes, cores)
+        executable = CpuExecutable(planned, launches, cores, seed, _progress(), check=check)
+        executable.tuning = tuning
+        return executable
+
+    return _Backend(
+        algorithms("cpu", precision, training),
+        default_pipeline(),
+        cpu_target.lower_graph,
+        memory_pipeline(cores, check),
+        partial(predicted_seconds, lanes=lanes, threads=cores),
+        build,
+    )
+
+
+def _cuda_backend(target: str, precision: str, check: bool, training: bool) -> _Backend:
+    from graphc.codegen import cuda_program
+    from graphc.inspect.work import predicted_seconds
+    from graphc.runtime.cuda import CudaExecutable, open_device
+
+    device = open_device(target)
+
+    def build(planned: Graph, seed: int) -> Executable:
+        steps = cuda_program.plan_steps(planned, precision)
+        return CudaExecutable(target, planned, steps, device, seed, _progress(), check=check)
+
+    return _Backend(
+        algorithms(target, precision, training),
+        default_pipeline(target=target),
+        lambda graph: cuda_program.lower_graph(graph, precision),
+        Pipeline(
+            (
+                HoistParameters(),
+                Schedule(updates_in_place=True),
+                PlanMemory(updates_in_place=not check, reuse=not check),
+            )
+        ),
+        # Of a CPU with many lanes: only the ratios count.
+        partial(predicted_seconds, lanes=16, threads=1),
+        build,
+    )
+
+
+def default_pipeline(layout: str | None = None, target: str = "cpu") -> Pipeline:
+    """Shape the work: padding, fusion; for the CPU, layouts.
 
     Edit it as data and pass `pipeline=`."""
+    if target != "cpu":  # values are rows: threads read neighbours, not vectors
+        return Pipeline((ExplicitPadding(), Fuse()))
     from graphc.codegen import target as cpu_target
 
     return Pipeline(
@@ -193,7 +265,7 @@ def default_pipeline(layout: str | None = None) -> Pipeline:
 
 
 def memory_pipeline(threads: int, check: bool = False) -> Pipeline:
-    """Order the kernels, group those that go block by block, and place every value."""
+    """Order the kernels, group those that go block by block, and place every value, for the CPU."""
     from graphc.codegen import target as cpu_target
     from graphc.runtime.cpu import COPY_BYTES
 
@@ -222,6 +294,8 @@ def algorithms(
     `layout`, "batch" or "channels", says what lies in the lanes, by default what is cheaper."""
     if target == "interpret" or precision == "strict":
         return Pipeline(), Pipeline()
+    if target != "cpu":
+        return Pipeline(() if training else (FoldBatchNorm(),)), Pipeline()
     from graphc.codegen.target import host_lanes
 
     first = ChooseConvolutions(host_lanes(), training, choose, layout)
@@ -329,9 +403,10 @@ def _check_options(
         )
     if mode not in (None, "train", "infer"):
         raise errors.CompileError(f"mode={mode!r}: use 'train', 'infer' or None")
-    if tune and target == "interpret":
+    if tune and target != "cpu":
         raise errors.CompileError(
-            "tune=True: target='interpret' has no kernels to measure; leave one of them out"
+            f"tune=True: only kernels of target='cpu' are measured, not target={target!r}; leave one "
+            "of them out"
         )
     if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= 256):
         raise errors.CompileError(f"threads={threads!r}: use 1 to 256, or None for every core")

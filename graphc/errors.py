@@ -59,5 +59,9 @@ class CacheError(GraphcError, OSError):
     """The kernel cache cannot be trusted or used."""
 
 
+class DeviceError(GraphcError, RuntimeError):
+    """There is no GPU to run on, or the GPU or its driver refuses."""
+
+
 class MissingExtraError(GraphcError, ImportError):
     """An optional library is needed and not installed; the message names the extra to install."""

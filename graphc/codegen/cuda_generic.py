@@ -191,7 +191,10 @@ class _CudaEmitter(ReductionEmitter):
         point = outer[0] if len(outer) == 1 and not self.tile else self.fresh("point")
         body = Scope(root, root.bound | set(outer), root.depth + 1)
         indent = "    " * root.depth  # a line of `body`: values of `root` are written above it
-        body.lines += [f"{indent}{point} = {self.index(first)}", f"{indent}while {point} < {count}:"]
+        body.lines += [
+            f"{indent}{point} = {self.index(first)}",
+            f"{indent}while {point} < {count}:",
+        ]
         body.end = f"{point} = {self.index(f'{point} + {self._step()}')}"
         self._decode(body, point)
         self.uniform = (root, body)

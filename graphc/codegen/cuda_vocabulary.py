@@ -44,7 +44,7 @@ barrier = cuda.syncthreads
 @cache
 def cast(dtype: str):
     """The intrinsic that converts to `dtype`, as on the CPU."""
-    return simd_elementwise.cast(dtype, intrinsic)
+    return simd_elementwise.cast(dtype, intrinsic)  # type: ignore[arg-type]  # it is hashable
 
 
 # ---- where a thread is
@@ -125,13 +125,11 @@ def _load(name: str, count: int):
         dtype = pointee(p, name)
 
         def emit(context, builder, signature, values):
-            address = _address(builder, *values, dtype, count)
+            address = _address(builder, values[0], values[1], dtype, count)
             memory = builder.load(address, align=_aligned(dtype, count))
             parts = [memory]
             if count > 1:
-                parts = [
-                    builder.extract_element(memory, ir.Constant(I32, k)) for k in range(count)
-                ]
+                parts = [builder.extract_element(memory, ir.Constant(I32, k)) for k in range(count)]
             if dtype == "bool":
                 parts = [builder.icmp_unsigned("!=", part, ir.Constant(I8, 0)) for part in parts]
             return parts[0] if count == 1 else make_tile(context, builder, dtype, None, parts)
@@ -147,8 +145,8 @@ def _store(name: str, count: int):
         dtype, operand = pointee(p, name), describe(x, name)
 
         def emit(context, builder, signature, values):
-            parts = element_values(builder, values[2], operand)
-            parts = [part.convert(dtype).ll for part in parts]
+            elements = element_values(builder, values[2], operand)
+            parts = [element.convert(dtype).ll for element in elements]
             if dtype == "bool":
                 parts = [builder.zext(part, I8) for part in parts]
             memory = parts[0]
@@ -157,7 +155,7 @@ def _store(name: str, count: int):
                 for k in range(count):
                     part = parts[k if len(parts) > 1 else 0]
                     memory = builder.insert_element(memory, part, ir.Constant(I32, k))
-            address = _address(builder, *values[:2], dtype, count)
+            address = _address(builder, values[0], values[1], dtype, count)
             builder.store(memory, address, align=_aligned(dtype, count))
             return context.get_dummy_value()
 

@@ -120,7 +120,9 @@ class Emitter:
             low, high = "0", self._bound(loop)
             for lower, upper in (clips or {}).get(loop, []):
                 low, high = f"max({low}, {lower})", f"min({high}, {upper})"
-            inner.lines += ["    " * scope.depth + line for line in self.head(inner, loop, low, high)]
+            inner.lines += [
+                "    " * scope.depth + line for line in self.head(inner, loop, low, high)
+            ]
             scope = inner
         return scope
 

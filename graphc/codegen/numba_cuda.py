@@ -62,7 +62,8 @@ def lower(kernel: Callable, typed, capability: Capability) -> Lowered:
     """A kernel's NVVM IR, as it is handed to libnvvm."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        library, _ = compiler._compile_pyfunc_with_fixup(
+        compile_function = compiler._compile_pyfunc_with_fixup  # type: ignore[attr-defined]
+        library, _ = compile_function(
             kernel, typed, device=False, abi="numba", cc=capability, fastmath=False
         )
     modules = tuple(library.llvm_strs)

@@ -39,7 +39,7 @@ _scheduled: dict[_Key, list[_Scheduled]] = {}
 _MOST: Final = 4096
 
 
-def _structure(node: Node) -> _Key:
+def structure(node: Node) -> _Key:
     """What the kernel of a fused region depends on."""
     body: Graph = node.attrs["body"]
     if "structure" not in body.annotations:
@@ -53,7 +53,7 @@ def lower_node(node: Node) -> Kernel:
     """The kernel of one fused region, for the layouts its operands and results have.
 
     Regions of one structure share it: it is not to be changed. Raises CannotLower."""
-    key = _structure(node)
+    key = structure(node)
     label_body(node)
     kernel = _lowered.get(key)
     if kernel is None:
@@ -65,7 +65,7 @@ def lower_node(node: Node) -> Kernel:
 def _schedules(node: Node, lanes: int, threads: int, count: int, most: int) -> list[_Scheduled]:
     """The kernel of a region as it may run, the best `most` ways as predicted; `count`: blocks of
     the group it is in, or 0."""
-    key = (*_structure(node), lanes, threads, count, most)
+    key = (*structure(node), lanes, threads, count, most)
     scheduled = _scheduled.get(key)
     if scheduled is None:
         kernel = lower_node(node).copy()

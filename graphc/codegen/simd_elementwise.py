@@ -105,14 +105,15 @@ _TABLE += [
 
 def functions(decorator=intrinsic) -> dict[str, Any]:
     """Every function by name, for the target whose @intrinsic is given."""
-    return {row[0]: elementwise(*row, decorator=decorator) for row in _TABLE}
+    options = {"decorator": decorator}
+    return {row[0]: elementwise(*row, **options) for row in _TABLE}
 
 
 FUNCTIONS = functions()
 
 
 @cache
-def cast(dtype: str, decorator=intrinsic):
+def cast(dtype: str, decorator: Any = intrinsic):
     """The intrinsic that converts to `dtype`: float to int truncates, to bool is `!= 0`.
 
     A float outside the integer's range, or NaN, gives an unspecified integer.

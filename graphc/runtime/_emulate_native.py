@@ -19,20 +19,19 @@ from graphc.runtime.emulate_record import (
     BLOCK,
     BLOCKS,
     COUNT,
-    ERROR_STUCK,
+    DESTROY,
     FINISHED,
     INPUT,
     JOB_BARRIER,
     JOB_BLOCK,
     JOB_DONE,
     JOB_ENTRY,
-    JOB_ERROR,
     JOB_FAILED,
     JOB_GRID,
     JOB_ORDER,
     JOB_PARAMETERS,
     JOB_RECORDS,
-    JOB_SUSPENDS,
+    JOB_STUCK,
     JOB_WARP,
     LANE,
     MASK,
@@ -45,8 +44,12 @@ from graphc.runtime.emulate_record import (
     OUTPUT,
     PLAIN,
     READY,
+    RESUME,
+    SHARED,
     SHUFFLE,
+    START,
     STATUS,
+    SUSPENDS,
     THREAD,
     THREADS,
     VOTE,
@@ -63,7 +66,7 @@ _HALF, _FLOAT = ir.HalfType(), ir.FloatType()
 
 @intrinsic
 def call_entry(typing_context, entry, what, record, parameters):
-    """Calls a kernel's entry (see `emulate_ir.py`)."""
+    """Calls a kernel's entry (see `emulate_ir.py`) with a request of `emulate_record.py`."""
 
     def emit(context, builder, signature, args):
         kind = ir.FunctionType(_POINTER, [_I32, _POINTER, _POINTER]).as_pointer()
@@ -124,7 +127,6 @@ def pattern_of(typing_context, value):
     return types.int64(types.float32), emit
 
 
-START, RESUME, DESTROY, SHARED = 0, 1, 2, 3  # of `emulate_ir.py`
 RECORD = 4 * WORDS  # bytes
 
 
@@ -184,7 +186,7 @@ def vote(first, lanes, lane):
 
 @native
 def matrix(first, lane, transposed):
-    """ldmatrix.x4 (PTX ISA 9.7.14.5.15): lane 8 m + r gives the address of row r of 8x8 matrix m."""
+    """ldmatrix.x4 (PTX ISA 9.7.14.5.15): lane 8 m + r has the address of row r of matrix m."""
     record = first + lane * RECORD
     for m in range(4):
         found = 0
@@ -332,7 +334,7 @@ def run_suspending(job, count):
                 break
     done = number_of(records, count, FINISHED)
     if done != count:
-        store(job, 8 * JOB_ERROR, ERROR_STUCK)
+        store(job, 8 * JOB_STUCK, 1)
         store(job, 8 * JOB_BARRIER, number_of(records, count, AT_BARRIER))
         store(job, 8 * JOB_WARP, number_of(records, count, AT_WARP))
         store(job, 8 * JOB_DONE, done)
@@ -356,7 +358,7 @@ def run_grid(job):
     """Runs all blocks of a launch, one after the other. `job`: see `emulate_record.py`."""
     entry, records = load(job, 8 * JOB_ENTRY), load(job, 8 * JOB_RECORDS)
     order, parameters = load(job, 8 * JOB_ORDER), load(job, 8 * JOB_PARAMETERS)
-    suspends = load(job, 8 * JOB_SUSPENDS)
+    suspends = call_entry(entry, SUSPENDS, records, 0)
     width, height = load(job, 8 * JOB_BLOCK), load(job, 8 * JOB_BLOCK + 8)
     count = width * height * load(job, 8 * JOB_BLOCK + 16)
     for thread in range(count):

@@ -54,17 +54,20 @@ class Job(NamedTuple):
 
 def compile_job(job: Job, cache: KernelCache) -> Entry:
     """Compiles in this process and stores the result. Raises CompileError."""
-    from graphc.codegen import native
+    from graphc.codegen import cuda_build, native
 
     path = cache.source_path(job.key)
     try:
         _number_symbols_at_random()
         function = native.load_source(job.source, job.name, path)
-        compiled = native.compile_function(function, job.signature)
+        if job.signature.startswith(cuda_build.PREFIX):
+            symbol, object_bytes = cuda_build.compile_function(function, job.signature)
+        else:
+            compiled = native.compile_function(function, job.signature)
+            symbol, object_bytes = compiled.symbol, compiled.object_bytes
     except Exception as error:
         cache.put_source(job.key, job.source)
         raise CompileError(f"kernel {job.name} ({path}) cannot be compiled: {error}") from error
-    symbol, object_bytes = compiled.symbol, compiled.object_bytes
     if foreign := sorted(name for name in undefined_symbols(object_bytes) if not _in_process(name)):
         cache.put_source(job.key, job.source)
         raise CompileError(

@@ -229,12 +229,11 @@ class CpuExecutable(Executable):
                 named[f"operand{i}"] = source.reshape(value.shape)
             expected = interpret(node.attrs["body"], named).outputs
             for i, value in enumerate(node.outputs):
-                difference = _difference(self._logical(value), expected[f"result{i}"])
-                if difference:
+                if found := difference(self._logical(value), expected[f"result{i}"]):
                     path = self.kernel_paths.get(node.name, "-")
                     raise errors.CheckError(
                         f"{node.describe()}: the kernel's {value.name!r} {value.type} differs from "
-                        f"the interpreter: {difference}; kernel source: {path}"
+                        f"the interpreter: {found}; kernel source: {path}"
                     )
         return self._results(out)
 
@@ -257,7 +256,7 @@ class CpuExecutable(Executable):
         self._arena.poison()
 
 
-def _difference(got: np.ndarray, expected: np.ndarray) -> str:
+def difference(got: np.ndarray, expected: np.ndarray) -> str:
     """What is wrong with a kernel's result, or "".
 
     Rounding differs: a value within 1e-4 of the largest is equal. The position of a maximum may

@@ -16,8 +16,7 @@ import ctypes
 import functools
 import hashlib
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,25 +24,17 @@ import numpy as np
 from graphc import errors
 from graphc.runtime import emulate_record as r
 from graphc.runtime.arena import aligned_zeros
-from graphc.runtime.cache import Entry, KernelCache, default_cache
-from graphc.runtime.linker import KernelSource, link, load_kernels
+from graphc.runtime.linker import KernelSource, load_kernels
 
 ORDERS = ("forward", "reverse", "shuffled")
-MOST_THREADS = 1024
-_lock = threading.Lock()  # one block runs at a time: the current thread is a global of each kernel
-
-
-@dataclass(frozen=True)
-class EmulatedKernel:
-    """Native code of one kernel: the address of its entry, and whether threads wait for others."""
-
-    name: str
-    entry: int
-    suspends: bool
+MOST_THREADS = 1024  # of a block
+Dimensions = tuple[int, int, int]
+# One launch at a time in a process: the current thread is a global variable of each kernel.
+_lock = threading.Lock()
 
 
 @functools.cache
-def _scheduler():
+def _scheduler() -> Callable[..., int]:
     """The native function that runs a launch."""
     folder = Path(__file__).parent
     others = ("emulate_record.py", "_driver_native.py")
@@ -55,29 +46,8 @@ def _scheduler():
     return ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 2, ctypes.c_int64)(address)
 
 
-def compile_emulated(
-    name: str, lowered: tuple[str, Sequence[str]], key: str, shared: int = 0
-) -> tuple[Entry, bool]:
-    """Object code of a kernel given as (entry, NVVM IR modules), and whether its threads wait.
-
-    Raises CompileError for what the emulation does not know."""
-    from graphc.runtime.emulate_ir import compile_module, native_module
-
-    module = native_module(lowered[0], lowered[1], f"emulated_{key[:32]}", shared)
-    try:
-        return Entry(module.symbol, compile_module(module)), module.suspends
-    except RuntimeError as error:
-        raise errors.CompileError(f"kernel {name} cannot be emulated: {error}") from error
-
-
-def load_emulated(name: str, entry: Entry, suspends: bool) -> EmulatedKernel:
-    code = link([entry])
-    code.keep_forever()
-    return EmulatedKernel(name, code.address(entry.symbol), suspends)
-
-
-def order_of_threads(order: str, threads: int) -> np.ndarray:
-    """Numbers of a block's threads in the order in which they run."""
+def thread_order(order: str, threads: int) -> np.ndarray:
+    """Numbers of a block's threads in the order in which they run, int32."""
     numbers = np.arange(threads, dtype=np.int32)
     if order == "reverse":
         return numbers[::-1].copy()
@@ -87,65 +57,62 @@ def order_of_threads(order: str, threads: int) -> np.ndarray:
 
 
 class Emulator:
-    """Runs launches. One at a time in a process, as kernels keep their current thread globally."""
+    """Runs launches of kernels whose threads take turns in one of ORDERS."""
 
-    def __init__(self, order: str = "forward"):
-        if order not in ORDERS:
-            raise errors.CompileError(
-                f"order of emulated threads {order!r}: use {', '.join(map(repr, ORDERS))}"
-            )
+    def __init__(self, order: str = "forward") -> None:
         self.order = order
         self._run = _scheduler()
         self._records = aligned_zeros(4 * r.WORDS * MOST_THREADS).view(np.int32)
-        self._orders: dict[int, np.ndarray] = {}
+        self._orders: dict[tuple[str, int], np.ndarray] = {}
+
+    @property
+    def order(self) -> str:
+        """Who runs before whom: "forward", "reverse" or "shuffled" (the same in every launch)."""
+        return self._order
+
+    @order.setter
+    def order(self, order: str) -> None:
+        if order not in ORDERS:
+            raise errors.GraphcError(
+                f"order of emulated threads {order!r}: use {', '.join(map(repr, ORDERS))}"
+            )
+        self._order = order
 
     def launch(
-        self,
-        kernel: EmulatedKernel,
-        grid: tuple[int, int, int],
-        block: tuple[int, int, int],
-        parameters: np.ndarray,
+        self, name: str, entry: int, grid: Dimensions, block: Dimensions, parameters: np.ndarray
     ) -> None:
-        """Run a kernel: `parameters` are its arguments, an int64 each (pointers, integers).
+        """Run the kernel at address `entry` with `parameters`, an int64 each.
 
         Raises GraphcError naming the block in which threads wait for each other for ever."""
         threads = block[0] * block[1] * block[2]
         if not 1 <= threads <= MOST_THREADS:
             raise errors.GraphcError(
-                f"kernel {kernel.name}: {threads} threads a block, at most {MOST_THREADS} can be"
+                f"kernel {name}: {threads} threads a block, at most {MOST_THREADS} can be"
             )
-        order = self._orders.setdefault(threads, order_of_threads(self.order, threads))
+        key = (self.order, threads)
+        if key not in self._orders:
+            self._orders[key] = thread_order(*key)
         job = np.zeros(r.JOB_WORDS, np.int64)
-        job[r.JOB_ENTRY], job[r.JOB_SUSPENDS] = kernel.entry, kernel.suspends
+        job[r.JOB_ENTRY] = entry
         job[r.JOB_PARAMETERS] = parameters.ctypes.data
-        job[r.JOB_RECORDS], job[r.JOB_ORDER] = self._records.ctypes.data, order.ctypes.data
+        job[r.JOB_RECORDS] = self._records.ctypes.data
+        job[r.JOB_ORDER] = self._orders[key].ctypes.data
         job[r.JOB_GRID : r.JOB_GRID + 3] = grid
         job[r.JOB_BLOCK : r.JOB_BLOCK + 3] = block
         words = (ctypes.c_void_p * 2)()
         with _lock:
             self._run(ctypes.addressof(words), ctypes.addressof(words) + 8, job.ctypes.data)
-        if job[r.JOB_ERROR]:
-            raise errors.GraphcError(_stuck(kernel, job, threads))
+        if job[r.JOB_STUCK]:
+            raise errors.GraphcError(_stuck(name, job, threads))
 
 
-def _stuck(kernel: EmulatedKernel, job: np.ndarray, threads: int) -> str:
+def _stuck(name: str, job: np.ndarray, threads: int) -> str:
     place = tuple(int(n) for n in job[r.JOB_FAILED : r.JOB_FAILED + 3])
     barrier, warp, done = (int(job[w]) for w in (r.JOB_BARRIER, r.JOB_WARP, r.JOB_DONE))
-    waiting = [f"{barrier} at a barrier"] if barrier else []
-    waiting += [f"{warp} at a warp operation whose other lanes do not come"] if warp else []
+    waiting = [f"{barrier} wait at a barrier"] if barrier else []
+    waiting += [f"{warp} wait at a warp operation"] if warp else []
     return (
-        f"kernel {kernel.name}, block {place}: of {threads} threads {' and '.join(waiting)} wait "
-        f"for ever; {done} have finished. A barrier must be reached by all threads of the block, a "
-        f"warp operation by all lanes of its mask"
+        f"kernel {name}, block {place}: of {threads} threads {' and '.join(waiting)} for ever, "
+        f"{done} have finished; a barrier must be reached by all threads of a block, a warp "
+        f"operation by all lanes of its mask"
     )
-
-
-__all__ = [
-    "ORDERS",
-    "EmulatedKernel",
-    "Emulator",
-    "KernelCache",
-    "compile_emulated",
-    "default_cache",
-    "load_emulated",
-]

@@ -7,45 +7,34 @@ has any is made an LLVM coroutine (https://llvm.org/docs/Coroutines.html, switch
 the scheduler in `_emulate_native.py` resumes threads one by one, in any order, with no stack of
 their own and no code for a particular processor.
 
-The module has one symbol, `ptr entry(i32 what, ptr record, ptr parameters)`: see `ENTRY`.
+The module has one symbol, `ptr entry(i32 what, ptr record, ptr parameters)`, where `what` is one of
+`emulate_record`'s requests.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from graphc import errors
 from graphc.runtime import emulate_record as r
 
-# What an entry is asked: to start a thread, resume it, or free it; where the shared memory is.
-START, RESUME, DESTROY, SHARED = range(4)
-
 _SUSPEND = "call void @emu.suspend()"
 
 
-@dataclass(frozen=True)
-class NativeModule:
-    """LLVM IR for this machine, the symbol of its entry, and whether its threads can suspend."""
+def native_module(kernel: str, modules: Sequence[str], symbol: str, shared: int = 0) -> str:
+    """LLVM IR of the module that runs `kernel`, an entry of NVVM IR `modules`.
 
-    text: str
-    symbol: str
-    suspends: bool
-
-
-def native_module(
-    kernel: str, modules: Sequence[str], symbol: str, shared: int = 0
-) -> NativeModule:
-    """The module that runs `kernel`, an entry of NVVM IR `modules`, with `shared` bytes of dynamic
-    shared memory. Raises CompileError naming what the emulation does not know."""
+    `shared`: bytes of dynamic shared memory. Raises CompileError naming what is not known here."""
     import llvmlite.binding as llvm
 
     linked = _link([_without_device(text, shared) for text in modules])
+    for item in (*linked.functions, *linked.global_variables):
+        if not item.is_declaration:  # many modules are linked together: no name is theirs alone
+            item.linkage = llvm.Linkage.internal
     for function in linked.functions:
         if not function.is_declaration and function.name != kernel:
             function.add_function_attribute("alwaysinline")
-            function.linkage = llvm.Linkage.internal
     _inline(linked)
     text = _replace_assembly(str(linked))
     parameters = [str(a.type) for a in linked.get_function(kernel).arguments]
@@ -58,7 +47,7 @@ def native_module(
     if suspends:
         text = _coroutine(text, kernel)
     text += _entry(text, kernel, symbol, parameters, suspends)
-    return NativeModule(_declared_once(text), symbol, suspends)
+    return _declared_once(text)
 
 
 # ---- what a device has and a CPU has not
@@ -126,12 +115,12 @@ def _machine():
     )
 
 
-def compile_module(module: NativeModule) -> bytes:
-    """Object code of a module for this machine."""
+def compile_module(text: str) -> bytes:
+    """Object code of LLVM IR for this machine."""
     import llvmlite.binding as llvm
 
     machine = _machine()
-    parsed = llvm.parse_assembly(module.text)
+    parsed = llvm.parse_assembly(text)
     parsed.triple, parsed.data_layout = llvm.get_default_triple(), str(machine.target_data)
     options = llvm.create_pipeline_tuning_options(speed_level=2)
     builder = llvm.create_pass_builder(machine, options)
@@ -142,14 +131,11 @@ def compile_module(module: NativeModule) -> bytes:
 # ---- builtins: functions of the record that @emu.thread points at
 
 
-def _field(word: int, name: str = "p") -> str:
-    return f"  %{name} = getelementptr i32, ptr %t, i32 {word}\n"
-
-
 def _register(name: str, word: int) -> str:
     return (
         f'define internal i32 @"emu.read.ptx.sreg.{name}"() alwaysinline {{\n'
-        f"  %t = load ptr, ptr @emu.thread\n{_field(word)}  %x = load i32, ptr %p\n  ret i32 %x\n}}\n"
+        f"  %t = load ptr, ptr @emu.thread\n  %p = getelementptr i32, ptr %t, i32 {word}\n"
+        f"  %x = load i32, ptr %p\n  ret i32 %x\n}}\n"
     )
 
 
@@ -213,19 +199,19 @@ def _all_builtins() -> str:
         parts.append(_waiting(f"emu.barrier0.{name}", r.AT_BARRIER, kind, "i32", ["i32"], None))
     parts.append(_waiting("emu.barrier0", r.AT_BARRIER, r.PLAIN, "void", [], None))
     parts.append(_waiting("emu.bar.warp.sync", r.AT_WARP, r.SYNC, "void", ["i32"], 0))
-    parts.append(
-        _waiting("emu.shfl.sync.i32", r.AT_WARP, r.SHUFFLE, "{ i32, i1 }", ["i32"] * 5, 0)
-    )
+    parts.append(_waiting("emu.shfl.sync.i32", r.AT_WARP, r.SHUFFLE, "{ i32, i1 }", ["i32"] * 5, 0))
     parts.append(
         _waiting("emu.vote.sync", r.AT_WARP, r.VOTE, "{ i32, i1 }", ["i32", "i32", "i1"], 0)
     )
     for name in ("cta", "gl", "sys"):  # threads run one at a time: memory is always in order
-        parts.append(f'define internal void @"emu.membar.{name}"() alwaysinline {{\n  ret void\n}}\n')
-    for bits, kind in (("32", "float"), ("64", "double")):
         parts.append(
-            f'define internal {kind} @"emu.atomic.load.add.f{bits}.p0f{bits}"(ptr %p, {kind} %x) '
-            f"alwaysinline {{\n  %old = atomicrmw fadd ptr %p, {kind} %x seq_cst\n"
-            f"  ret {kind} %old\n}}\n"
+            f'define internal void @"emu.membar.{name}"() alwaysinline {{\n  ret void\n}}\n'
+        )
+    for bits, value in (("32", "float"), ("64", "double")):
+        parts.append(
+            f'define internal {value} @"emu.atomic.load.add.f{bits}.p0f{bits}"(ptr %p, {value} %x) '
+            f"alwaysinline {{\n  %old = atomicrmw fadd ptr %p, {value} %x seq_cst\n"
+            f"  ret {value} %old\n}}\n"
         )
     return "".join(parts)
 
@@ -324,7 +310,9 @@ def _split(arguments: str) -> list[str]:
 def _assembly(name: str, text: str, result: str, kinds: tuple[str, ...]) -> str:
     for pattern, operation in _WARP_ASSEMBLY:
         if re.search(pattern, text):
-            return _wide(_waiting(name, r.AT_WARP, operation, result, kinds, None), operation, kinds)
+            return _wide(
+                _waiting(name, r.AT_WARP, operation, result, kinds, None), operation, kinds
+            )
     for pattern, body in _THREAD_ASSEMBLY:
         if found := re.search(pattern, text):
             parameters = ", ".join(f"{kind} %a{k}" for k, kind in enumerate(kinds))
@@ -500,9 +488,11 @@ def _entry(text: str, kernel: str, symbol: str, parameters: list[str], suspends:
         f"@emu.table = internal constant [{len(table)} x {{ ptr, i64 }}] [{', '.join(table)}]\n"
         f'define ptr @"{symbol}"(i32 %what, ptr %record, ptr %parameters) {{\n'
         f"  store ptr %record, ptr @emu.thread\n"
-        f"  switch i32 %what, label %end [i32 {START}, label %start i32 {RESUME}, label %resume "
-        f"i32 {DESTROY}, label %destroy i32 {SHARED}, label %shared]\n"
+        f"  switch i32 %what, label %end [i32 {r.START}, label %start\n"
+        f"    i32 {r.RESUME}, label %resume i32 {r.DESTROY}, label %destroy\n"
+        f"    i32 {r.SHARED}, label %shared i32 {r.SUSPENDS}, label %suspends]\n"
         f"start:\n{start}  br label %end\nresume:\n{resume}  br label %end\n"
         f"destroy:\n{destroy}  br label %end\nshared:\n  ret ptr @emu.table\n"
+        f"suspends:\n  ret ptr inttoptr (i64 {int(suspends)} to ptr)\n"
         f"end:\n  ret ptr null\n}}\n"
     )

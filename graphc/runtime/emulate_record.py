@@ -45,6 +45,14 @@ MMA_TF32: Final = 6  # m16n8k8
 MMA_BF16: Final = 7  # m16n8k16
 MMA_F16: Final = 8  # m16n8k16
 
+# What a kernel's entry is asked: to start a thread, resume it, or free it; where its shared memory
+# is, as a table of (address, bytes) ended by zeros; whether its threads ever wait for each other.
+START: Final = 0
+RESUME: Final = 1
+DESTROY: Final = 2
+SHARED: Final = 3
+SUSPENDS: Final = 4
+
 # What is asked of the scheduler: int64 words of a job
 JOB_ENTRY: Final = 0  # address of the kernel's entry; see `emulate_ir.py`
 JOB_PARAMETERS: Final = 1
@@ -52,12 +60,9 @@ JOB_RECORDS: Final = 2
 JOB_ORDER: Final = 3  # address of int32 numbers of threads: who runs before whom
 JOB_GRID: Final = 4  # x y z
 JOB_BLOCK: Final = 7
-JOB_SUSPENDS: Final = 10  # whether threads can wait for each other
-JOB_ERROR: Final = 11  # out: 0, or what went wrong, and where
-JOB_FAILED: Final = 12  # out: the block, x y z
-JOB_BARRIER: Final = 15  # out: how many threads waited at a barrier, in a warp, and had finished
-JOB_WARP: Final = 16
-JOB_DONE: Final = 17
-JOB_WORDS: Final = 18
-
-ERROR_STUCK: Final = 1
+JOB_STUCK: Final = 10  # out: whether threads of a block waited for ever
+JOB_FAILED: Final = 11  # out: the block, x y z
+JOB_BARRIER: Final = 14  # out: how many threads waited at a barrier, in a warp, and had finished
+JOB_WARP: Final = 15
+JOB_DONE: Final = 16
+JOB_WORDS: Final = 17

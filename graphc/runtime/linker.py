@@ -91,6 +91,56 @@ _addresses: dict[str, int] = {}  # by key: what this process has linked
 _lock = threading.RLock()
 
 
+@dataclass(frozen=True)
+class FetchedKernels:
+    """Compiled kernels that somebody else will link, in the order of their sources."""
+
+    keys: tuple[str, ...]
+    entries: tuple[Entry, ...]
+    paths: tuple[str, ...]  # the readable source of each
+    compiled: tuple[str, ...]  # names of those that were in no cache
+
+
+def fetch_kernels(
+    sources: Sequence[KernelSource],
+    cache: KernelCache | None = None,
+    progress: Progress | None = None,
+) -> FetchedKernels:
+    """The compiled form of every source, from the cache or the compiler. Raises CompileError."""
+    cache = cache or default_cache()
+    keys = tuple(_key(source, cache) for source in sources)
+    by_key = dict(zip(keys, sources, strict=True))
+    with _lock:
+        entries, compiled = _entries(by_key, cache, progress)
+    paths = tuple(cache.source_path(key) for key in keys)
+    return FetchedKernels(keys, tuple(entries[key] for key in keys), paths, compiled)
+
+
+def _entries(
+    by_key: dict[str, KernelSource],
+    cache: KernelCache,
+    progress: Progress | None,
+    workers: int | None = None,
+) -> tuple[dict[str, Entry], tuple[str, ...]]:
+    """Entries by key, and names of those that no cache had."""
+    entries = {key: entry for key in by_key if (entry := cache.get(key)) is not None}
+    jobs = [
+        Job(key, source.name, source.source, source.signature)
+        for key, source in by_key.items()
+        if key not in entries
+    ]
+    log.info(
+        "%d kernels to load: %d on disk, %d to compile; folder %s",
+        len(by_key),
+        len(entries),
+        len(jobs),
+        cache.folder,
+    )
+    if jobs:
+        entries |= compile_jobs(jobs, cache, progress, workers)
+    return entries, tuple(job.name for job in jobs)
+
+
 def load_kernels(
     sources: Sequence[KernelSource],
     cache: KernelCache | None = None,
@@ -114,25 +164,10 @@ def load_kernels(
             by_key.setdefault(_key(source, cache), source)
     compiled: tuple[str, ...] = ()
     with _lock:
-        missing = [key for key in by_key if key not in _addresses]
-        entries = {key: entry for key in missing if (entry := cache.get(key)) is not None}
-        jobs = [
-            Job(key, by_key[key].name, by_key[key].source, by_key[key].signature)
-            for key in missing
-            if key not in entries
-        ]
+        missing = {key: source for key, source in by_key.items() if key not in _addresses}
+        entries: dict[str, Entry] = {}
         if missing:
-            log.info(
-                "%d kernels: %d linked already, %d on disk, %d to compile; folder %s",
-                len(by_key),
-                len(by_key) - len(missing),
-                len(entries),
-                len(jobs),
-                cache.folder,
-            )
-        if jobs:
-            entries |= compile_jobs(jobs, cache, progress, workers)
-            compiled = tuple(job.name for job in jobs)
+            entries, compiled = _entries(missing, cache, progress, workers)
         if entries:
             _link_into_process(entries)
         addresses = tuple(_addresses[key] for key in keys)
