@@ -405,7 +405,7 @@ def _check_options(
         raise errors.CompileError(f"mode={mode!r}: use 'train', 'infer' or None")
     if tune and target != "cpu":
         raise errors.CompileError(
-            f"tune=True: only kernels of target='cpu' are measured, not of {target!r}; leave one of "
+            f"tune=True measures kernels of target='cpu' only, not of {target!r}: leave one of "
             "them out"
         )
     if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= 256):
