@@ -87,6 +87,9 @@ class Layout:
     and the position within a block becomes the innermost physical axis: with lane_axis 0, [N,C,H,W]
     is stored as [N/lanes, C, H, W, lanes]; the last block is padded with elements of no meaning.
 
+    `order` lists the logical axes (the blocks, for the lane axis) from the slowest to the fastest
+    in memory; () is their own order.
+
     `copies=n`: only one block of axis 0 is kept at a time, in a memory of its own for each of n
     threads (scratch inside a group of kernels that run block by block).
     """
@@ -94,26 +97,31 @@ class Layout:
     lane_axis: int | None = None
     lanes: int = 1
     copies: int = 0
+    order: tuple[int, ...] = ()
 
     def physical_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape in memory; of one thread's copy, where there are several."""
         if self.copies:
             return (1, *Layout(self.lane_axis, self.lanes).physical_shape(shape)[1:])
-        if self.lane_axis is None:
-            return shape
-        blocks = -(-shape[self.lane_axis] // self.lanes)
-        return (*shape[: self.lane_axis], blocks, *shape[self.lane_axis + 1 :], self.lanes)
+        blocked = list(shape)
+        if self.lane_axis is not None:
+            blocked[self.lane_axis] = -(-shape[self.lane_axis] // self.lanes)
+        ordered = [blocked[axis] for axis in self.order or range(len(shape))]
+        return (*ordered, *(() if self.lane_axis is None else (self.lanes,)))
 
     def strides(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Strides in elements of the logical axes (of the blocks, for the lane axis)."""
         physical = self.physical_shape(shape)
-        steps = [math.prod(physical[i + 1 :]) for i in range(len(physical))]
+        axes = self.order or range(len(shape))
+        steps = {axis: math.prod(physical[place + 1 :]) for place, axis in enumerate(axes)}
         if self.copies:
             steps[0] = 0
-        return tuple(steps[: len(shape)])
+        return tuple(steps[axis] for axis in range(len(shape)))
 
     def __str__(self) -> str:
         text = "rows" if self.lane_axis is None else f"lanes({self.lane_axis})x{self.lanes}"
+        if self.order:
+            text += f" of axes {','.join(map(str, self.order))}"
         return f"{text} a thread" if self.copies else text
 
 

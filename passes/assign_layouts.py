@@ -306,6 +306,8 @@ class _Assign:
                     value = self.convert(value, self._lane(0))
             if self.mode == CHANNELS and inner.op == "patch_transform":
                 value = self._patched_weight(inner.inputs[0], name, value)
+            if inner.op == "conv2d_input_grad" and inner.inputs[1].node.name == name:
+                value = self._tap_by_tap(value, inner)
             if name in images and value in self.batched and value.layout == ROWS:
                 if self.mode == BATCH:
                     value = self.convert(value, self._lane(0))
@@ -323,6 +325,16 @@ class _Assign:
         if read.node.name != name or value in self.batched or value.sizes[axis] == 1:
             return value
         return self.convert(value, self._lane(axis))
+
+    def _tap_by_tap(self, weight: Value, inner: Node) -> Value:
+        """Weights of a data gradient, as it reads them: each input channel's taps one after the
+        other, and for each of them all output channels side by side."""
+        channels, order = weight.sizes[1], (1, 2, 3, 0)
+        if self.mode == BATCH:
+            return self.convert(weight, Layout(order=order))
+        if self.mode == CHANNELS and (inner.attrs["groups"] == 1 or channels % self.lanes == 0):
+            return self.convert(weight, Layout(1, self.lanes, order=order))
+        return weight
 
     def convert(self, value: Value, layout: Layout) -> Value:
         """The same value in another layout, through a copy that all readers share."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from graphc.ir import Graph, Node, Value
 from graphc.ops.registry import apply
+from graphc.ops.window import WindowAxis, window_axes
 from passes.base import Pass
 
 
@@ -18,9 +19,10 @@ class ExplicitPadding(Pass):
     """Replace padded convolutions by convolutions of padded operands.
 
     Requires: int dimensions. Ensures: equal results; no `conv2d` or `conv2d_weight_grad` is padded,
-    and `conv2d_input_grad` of stride 1 reads a cotangent that is padded along the width (along the
-    height the range of the taps is cut, which saves their work). Every reader of a padded value
-    reads the padded one, so that it is stored once.
+    and `conv2d_input_grad` reads a cotangent that is padded along the width (along the height the
+    range of the taps is cut, which saves their work) and gives an image of whole strides, so that
+    all phases of the stride have equal sizes. Every reader of a padded value reads the padded one,
+    so that it is stored once.
     """
 
     def run(self, graph: Graph) -> Graph:
@@ -40,7 +42,7 @@ class ExplicitPadding(Pass):
                 attrs = {**node.attrs, "padding": ((0, 0), (0, 0))}
                 x = padded(inputs[0], node.attrs["padding"])
                 return new.add(node.op, (x, inputs[1]), attrs, name=node.name).outputs
-            if node.op == "conv2d_input_grad" and node.attrs["stride"] == (1, 1):
+            if node.op == "conv2d_input_grad":
                 return _input_grad(new, node, inputs, padded)
             return None
 
@@ -53,15 +55,33 @@ def _input_grad(
     inputs: tuple[Value, ...],
     padded: Callable[[Value, tuple], Value],
 ) -> tuple[Value, ...] | None:
-    """`conv2d_input_grad` of a cotangent that is padded along the width as far as taps reach."""
-    taps = node.inputs[1].sizes[3]
-    (top, bottom), (left, right) = node.attrs["padding"]
-    reach = node.attrs["dilation"][1] * (taps - 1)
-    if (left, right) == (reach, reach) or left > reach or right > reach:
+    """`conv2d_input_grad` of whole strides, its cotangent padded along the width as far as windows
+    reach."""
+    g, weight = inputs
+    shape, stride = node.attrs["input_shape"], node.attrs["stride"]
+    whole = (*shape[:2], *(-(-d // s) * s for d, s in zip(shape[2:], stride, strict=True)))
+    rows, columns = window_axes(whole[2:], g.sizes[2:], weight.sizes[2:], node.attrs)
+    first, last = columns.reach()
+    outputs = columns.size // columns.stride + last
+    above, high = _windows(rows, 0, rows.output)
+    beside, wide = _windows(columns, max(0, -first), outputs)
+    if whole == shape and not any(above + beside):
         return None
-    g = padded(inputs[0], ((0, 0), (reach - left, reach - right)))
-    attrs = {**node.attrs, "padding": ((top, bottom), (reach, reach))}
-    return new.add(node.op, (g, inputs[1]), attrs, name=node.name).outputs
+    attrs = {**node.attrs, "input_shape": whole, "padding": (high, wide)}
+    out = new.add(node.op, (padded(g, (above, beside)), weight), attrs, name=node.name)[0]
+    return (out if whole == shape else out[:, :, : shape[2], : shape[3]],)
+
+
+def _windows(axis: WindowAxis, before: int, outputs: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """`before` more windows in front, and `outputs` or more windows of the axis's own numbering.
+
+    Returns the padding of the cotangent and that of the image with so many windows."""
+    span = axis.dilation * (axis.kernel - 1) + 1
+    front = axis.before + before * axis.stride
+    fitting = (axis.size + axis.before - span) // axis.stride + 1
+    outputs = max(outputs, axis.output, fitting)
+    covered = (outputs - 1) * axis.stride + span - axis.before
+    return (before, outputs - axis.output), (front, max(0, covered - axis.size))
 
 
 def _is_padded(node: Node) -> bool:

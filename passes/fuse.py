@@ -23,6 +23,8 @@ CONTRACTIONS = frozenset(
     "patch_transform patch_transform_grad patch_weight_grad".split()
 )
 WINDOWS = frozenset({"max_pool2d", "max_pool2d_argmax", "avg_pool2d"})
+# Their lowerings cut the spatial loops at the stride, from position 0 on.
+TRANSPOSED_WINDOWS = frozenset({"max_unpool2d", "avg_pool2d_grad"})
 REDUCTIONS = frozenset({"sum", "max", "min", "prod", "argmax"})
 # Index maps: they cost nothing where they are read, so every reader gets its own copy.
 VIEWS = frozenset({"transpose", "expand", "squeeze", "unsqueeze", "slice"})
@@ -192,6 +194,8 @@ class _Fuser:
                     )
                 if node.op in REDUCTIONS and source.op in CONTRACTIONS | WINDOWS:
                     return f"{node.name!r} reduces across the register tile of {source.name!r}"
+                if source.op in TRANSPOSED_WINDOWS and (node.op == "pad" or is_view(value.node)):
+                    return f"{node.name!r} reads {source.name!r} across the stride of its windows"
                 if source.op in CONTRACTIONS and is_view(value.node):
                     return f"{value.node.name!r} reorders the register tile of {source.name!r}"
                 if not (

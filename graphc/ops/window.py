@@ -196,19 +196,28 @@ class WindowAxis:
         position = o * self.stride - self.before + k * self.dilation
         return position, [(position, self.size)] if self.before or self.after else []
 
+    def reach(self) -> Pair:
+        """First and last window that can meet input position `stride * q + phase`, relative to q.
+
+        Tap k of window q + t lies there if `k * dilation = phase + before - stride * t`."""
+        span = self.dilation * (self.kernel - 1)
+        first = -((span - self.before) // self.stride)
+        return first, (self.stride - 1 + self.before) // self.stride
+
     def windows_over(
         self, k: Lowering, i: Index
     ) -> tuple[tuple[int, ...], Callable[..., tuple[Index, Index, list[Bound]]]]:
         """All (window o, tap k) pairs that meet input position i.
 
         Returns the extents of the loops to run and a function of the loop indices that gives o, k
-        and the bounds under which the pair exists. All indices stay affine: with stride 1 the loop
-        runs over taps and o follows; with a larger stride it runs over windows and k follows (the
-        code generator clips it to the few windows in reach); with a dilation as well, over both,
-        keeping the pairs that meet.
+        and the bounds under which the pair exists. With stride 1 the loop runs over taps and o
+        follows. With a larger stride, positions of one phase (equal modulo the stride) meet the
+        same taps, so that every phase is a dense convolution with a part of the kernel: the loop
+        runs over the few windows in `reach` and the tap follows from the phase alone. With a
+        dilation as well it runs over both, keeping the pairs that meet.
         """
-        at = i + self.before
         if self.stride == 1:
+            at = i + self.before
             span = self.dilation * (self.kernel - 1)
             inner = self.before >= span and self.after >= span  # every window in reach exists
 
@@ -217,26 +226,30 @@ class WindowAxis:
                 return o, tap, [] if inner else [(o, self.output)]
 
             return (self.kernel,), taps
-        if (
-            self.stride == self.kernel
-            and self.dilation == 1
-            and self.before == 0
-            and self.size == self.output * self.kernel
-        ):
-            o, tap = k.divmod(i, self.stride)
-            return (), lambda: (o, tap, [])
+        q, phase = k.divmod(i, self.stride)
+        first, last = self.reach()
+        extent = last - first + 1
+
+        def meeting(t: Index) -> tuple[Index, Index]:
+            """Window t of those in reach, and the position under it: its tap times the dilation."""
+            return q + first + t, phase + (self.before - first * self.stride) - t * self.stride
+
+        if extent == 1 and self.dilation == 1 and self.kernel == self.stride:
+            o, tap = meeting(Index())  # windows side by side
+            return (), lambda: (o, tap, [(o, self.output)])
         if self.dilation == 1:
 
-            def positions(o: Index) -> tuple[Index, Index, list[Bound]]:
-                tap = at - o * self.stride
-                return o, tap, [(tap, self.kernel)]
+            def windows(t: Index) -> tuple[Index, Index, list[Bound]]:
+                o, tap = meeting(t)
+                return o, tap, [(o, self.output), (tap, self.kernel)]
 
-            return (self.output,), positions
+            return (extent,), windows
 
-        def pairs(o: Index, tap: Index) -> tuple[Index, Index, list[Bound]]:
-            return o, tap, [(at - o * self.stride - tap * self.dilation, 1)]
+        def pairs(t: Index, tap: Index) -> tuple[Index, Index, list[Bound]]:
+            o, position = meeting(t)
+            return o, tap, [(o, self.output), (position - tap * self.dilation, 1)]
 
-        return (self.output, self.kernel), pairs
+        return (extent, self.kernel), pairs
 
 
 def window_axes(
@@ -267,12 +280,13 @@ def sum_over_windows(
     position."""
     rows, row = axes[0].windows_over(k, index[0])
     columns, column = axes[1].windows_over(k, index[1])
-    first, second = len(extra), len(extra) + len(rows)
+    # The few windows, which may not all exist, are counted outside of the long `extra` loops.
+    first, second = len(rows), len(rows) + len(columns)
 
     def term(*loops: Index) -> Expr:
-        oh, kh, above = row(*loops[first:second])
-        ow, kw, beside = column(*loops[second:])
-        return body(loops[:first], (oh, ow), (kh, kw), tuple(above + beside))
+        oh, kh, above = row(*loops[:first])
+        ow, kw, beside = column(*loops[first:second])
+        return body(loops[second:], (oh, ow), (kh, kw), tuple(above + beside))
 
-    extents = (*extra, *rows, *columns)
+    extents = (*rows, *columns, *extra)
     return k.reduce("sum", extents, term) if extents else term()

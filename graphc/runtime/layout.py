@@ -9,6 +9,7 @@ from graphc.ir import Layout
 
 def write_layout(memory: np.ndarray, array: np.ndarray, layout: Layout) -> None:
     """Copy `array` into `memory`, which has the layout's physical shape. Padding becomes zero."""
+    memory = _unordered(memory, layout)
     if layout.lane_axis is None:
         memory[...] = array
         return
@@ -27,9 +28,18 @@ def write_layout(memory: np.ndarray, array: np.ndarray, layout: Layout) -> None:
 
 def read_layout(memory: np.ndarray, shape: tuple[int, ...], layout: Layout) -> np.ndarray:
     """A copy of the logical array of `shape` that lies in `memory`."""
+    memory = _unordered(memory, layout)
     if layout.lane_axis is None:
         return memory.reshape(shape).copy()
     axis = layout.lane_axis
     blocks = np.moveaxis(memory, -1, axis + 1)
     merged = blocks.reshape(*shape[:axis], blocks.shape[axis] * layout.lanes, *shape[axis + 1 :])
     return np.ascontiguousarray(merged[(slice(None),) * axis + (slice(0, shape[axis]),)])
+
+
+def _unordered(memory: np.ndarray, layout: Layout) -> np.ndarray:
+    """A view of `memory` with the axes in their own order, the lanes last."""
+    if not layout.order:
+        return memory
+    places = np.argsort(layout.order)
+    return memory.transpose(*places, *range(len(places), memory.ndim))
