@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from graphc.ir import Graph, Node, Value
 from graphc.ops.registry import apply
-from graphc.ops.window import WindowAxis, window_axes
+from graphc.ops.window import Pair, WindowAxis, window_axes
 from passes.base import Pass
 
 
@@ -72,7 +72,7 @@ def _input_grad(
     return (out if whole == shape else out[:, :, : shape[2], : shape[3]],)
 
 
-def _windows(axis: WindowAxis, before: int, outputs: int) -> tuple[tuple[int, int], tuple[int, int]]:
+def _windows(axis: WindowAxis, before: int, outputs: int) -> tuple[Pair, Pair]:
     """`before` more windows in front, and `outputs` or more windows of the axis's own numbering.
 
     Returns the padding of the cotangent and that of the image with so many windows."""
