@@ -74,7 +74,8 @@ def compile(
     precision  "float32"; "strict" forbids algorithms that round more than a direct convolution
     mode       "train" or "infer", for batch norm and dropout; default: train where a loss is
                differentiated, else infer
-    tune       measure what is otherwise predicted, and remember it (docs/tuning.md)
+    tune       measure algorithms and register tiles instead of predicting them; remembers what was
+               fastest, so that the next compilation measures nothing (docs/tuning.md)
     check      compare every kernel's results with the interpreter at each call; raises CheckError
     seed       of initial parameters and dropout
     pipeline   the passes between the joint graph and the plan, instead of `default_pipeline()`
@@ -191,25 +192,25 @@ def _cpu_backend(
     from graphc.runtime.team import available_cores
 
     cores, lanes = threads or available_cores(), cpu_target.host_lanes()
+    choose, tuner = predicted_best, None
+    if tune:
+        from graphc.tuning import Tuner
+
+        tuner = Tuner(cores, training, _progress(), _progress("choices measured"))
+        choose = tuner.algorithm
 
     def build(planned: Graph, seed: int) -> Executable:
-        tuning = None
-        if tune:
-            from graphc.tuning import CANDIDATES, tuned_launches
-
-            ranked = cpu_target.rank_launches(planned, lanes, cores, CANDIDATES)
-            launches, tuning = tuned_launches(
-                ranked, cores, _progress("compiled"), _progress("measured")
-            )
+        if tuner:
+            launches = tuner.launches(planned)
         else:
             with _collector_paused():
                 launches = cpu_target.plan_launches(planned, lanes, cores)
         executable = CpuExecutable(planned, launches, cores, seed, _progress(), check=check)
-        executable.tuning = tuning
+        executable.tuning = tuner.tuning if tuner else None
         return executable
 
     return _Backend(
-        algorithms("cpu", precision, training),
+        algorithms("cpu", precision, training, choose),
         default_pipeline(),
         cpu_target.lower_graph,
         memory_pipeline(cores, check),
@@ -425,15 +426,18 @@ def _check_options(
         )
 
 
-def _progress(what: str = "compiled") -> Callable[[int, int, float, str], None]:
-    """On a terminal, one line that counts what is done with kernels, once that takes a while."""
+def _progress(what: str = "kernels compiled") -> Callable[[int, int, float, str], None]:
+    """On a terminal, one line that counts what is done, once that takes a while.
+
+    A total of 0 is one that is not known."""
     started = time.perf_counter()
 
     def report(done: int, total: int, seconds: float, name: str) -> None:
-        log.info("%d/%d %s after %.1f s: %s", done, total, what, seconds, name)
+        count = f"{done}/{total}" if total else str(done)
+        log.info("%s %s after %.1f s: %s", count, what, seconds, name)
         if sys.stderr.isatty() and time.perf_counter() - started > 0.5:
-            end = "\r" if done < total else "\n"
-            sys.stderr.write(f"graphc: {done}/{total} kernels {what}, {seconds:.1f} s{end}")
+            end = "\n" if done == total else "\r"
+            sys.stderr.write(f"graphc: {count} {what}, {seconds:.1f} s{end}")
             sys.stderr.flush()
 
     return report

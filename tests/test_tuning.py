@@ -7,23 +7,31 @@ import pytest
 
 import graphc as gc
 from graphc import errors, tuning
+from graphc.runtime.cache import KernelCache
 
 
-def network() -> gc.Graph:
+def network(channels: int = 16) -> gc.Graph:
     g = gc.Graph("network")
-    h = gc.relu(gc.nn.conv2d(g.input("x", (3, 8, 9, 9)), 16, 3, name="conv"))
-    g.output(y=gc.nn.linear(gc.flatten(h), 37, name="fc"))
+    h = gc.relu(gc.nn.conv2d(g.input("x", ("N", channels, 9, 9)), channels, 3, name="conv"))
+    y = gc.nn.linear(gc.flatten(h), 37, name="fc")
+    g.output(y=y, loss=gc.mean(gc.square(y)))
     return g
 
 
-def compiled(**options):
-    return gc.compile(network(), outputs=["y"], dims={}, precision="strict", threads=2, **options)
+def compiled(images: int = 3, channels: int = 16, **options):
+    options = {"outputs": ["y"], "dims": {"N": images}, "threads": 2, **options}
+    return gc.compile(network(channels), **options)
+
+
+def strict(**options):
+    """Direct convolutions: only register tiles are left to choose."""
+    return compiled(precision="strict", **options)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A cache of its own for the test, and few candidates."""
-    monkeypatch.setattr(tuning, "CANDIDATES", 2)
+    monkeypatch.setattr(tuning, "TILES", 2)
     monkeypatch.setenv("GRAPHC_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -31,60 +39,87 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def last_is_fastest(monkeypatch):
     """Measurements by which the candidate that is predicted to be slowest is the fastest."""
-    monkeypatch.setattr(
-        tuning, "_measure", lambda rows, team: [1.0 / (1 + i) for i in range(len(rows))]
-    )
+    monkeypatch.setattr(tuning, "_in_turns", lambda runs: [1.0 / (1 + i) for i in range(len(runs))])
 
 
 def tiles(exe) -> dict[str, tuple]:
     return {info.name: info.tile for info in exe.kernels()}
 
 
+def algorithms(exe) -> list[str]:
+    return [note for record in exe.records for note in record.notes if "F(" in note]
+
+
 def test_second_compilation_measures_nothing_and_is_the_same(folder, monkeypatch):
-    first = compiled(tune=True)
-    assert set(first.tuning.measured) == {"conv", "fc"} and not first.tuning.recalled
+    first = strict(tune=True)
+    assert set(first.tuning.measured) == {"conv tile", "fc tile"} and not first.tuning.recalled
     assert len(list(folder.glob("*.note"))) == 2
-    monkeypatch.setattr(tuning, "_measure", None)  # whoever measures fails
-    second = compiled(tune=True)
-    assert not second.tuning.measured and set(second.tuning.recalled) == {"conv", "fc"}
+    monkeypatch.setattr(tuning, "_in_turns", None)  # whoever measures fails
+    second = strict(tune=True)
+    assert not second.tuning.measured and set(second.tuning.recalled) == {"conv tile", "fc tile"}
     assert second.kernel_paths == first.kernel_paths
-    assert compiled().tuning is None
+    assert strict().tuning is None
 
 
-def test_the_fastest_is_chosen_and_computes_the_same(folder, last_is_fastest, rng):
-    plain, tuned = compiled(), compiled(tune=True)
-    assert tuned.tuning.changed.keys() == {"conv", "fc"}
-    for name, (predicted, chosen) in tuned.tuning.changed.items():
-        assert tiles(plain)[name] == predicted != chosen == tiles(tuned)[name]
-        assert name in str(tuned.tuning)
-    x = rng.standard_normal((3, 8, 9, 9)).astype(np.float32)
-    expected = gc.compile(network(), outputs=["y"], dims={}, target="interpret")(x=x)["y"]
+@pytest.mark.parametrize("images", [3, 16])
+def test_the_fastest_is_chosen_and_computes_the_same(folder, last_is_fastest, rng, images):
+    """Algorithms with channels or with the batch in lanes, and tiles."""
+    plain, tuned = compiled(images), compiled(images, tune=True)
+    predicted, chosen = tuned.tuning.changed["conv algorithm"]
+    assert f"conv algorithm: {chosen} instead of {predicted}" in str(tuned.tuning)
+    assert "fc tile" in tuned.tuning.changed
+    assert algorithms(tuned) == ([] if chosen == "direct" else [f"conv: {chosen}"])
+    assert algorithms(plain) == ([] if predicted == "direct" else [f"conv: {predicted}"])
+    x = rng.standard_normal((images, 16, 9, 9)).astype(np.float32)
+    expected = compiled(images, target="interpret")(x=x)["y"]
     for exe in (plain, tuned):
         np.testing.assert_allclose(exe(x=x)["y"], expected, rtol=1e-4, atol=1e-5)
+    again = compiled(images, tune=True)
+    assert not again.tuning.measured and algorithms(again) == algorithms(tuned)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("images", "channels", "choices"), [(3, 16, 3), (16, 5, 1)])
+def test_training_measures_gradients_too(folder, images, channels, choices):
+    """With the batch in lanes a layer and its gradients are one choice."""
+    exe = compiled(images, channels, loss="loss", gradients=["x", "conv.weight"], tune=True)
+    measured = [name for name in exe.tuning.measured if name.endswith("algorithm")]
+    assert len(measured) == choices
+    exe.replay(lambda record, graph: None)  # as `dump` does: nothing is measured again
+    assert measured == [name for name in exe.tuning.measured if name.endswith("algorithm")]
+
+
+def test_tiles_are_those_that_are_reported(folder, last_is_fastest):
+    plain, tuned = strict(), strict(tune=True)
+    assert tuned.tuning.changed.keys() == {"conv tile", "fc tile"}
+    for name, (predicted, chosen) in tuned.tuning.changed.items():
+        kernel = name.removesuffix(" tile")
+        for exe, text in ((plain, predicted), (tuned, chosen)):
+            assert text == " x ".join(f"{count} {loop}" for loop, count in tiles(exe)[kernel])
 
 
 def test_damaged_notes_are_measured_again(folder, last_is_fastest):
-    first = compiled(tune=True)
+    first = strict(tune=True)
     for path in folder.glob("*.note"):
         path.write_bytes(path.read_bytes()[:-3])
-    again = compiled(tune=True)
+    again = strict(tune=True)
     assert again.tuning.measured == first.tuning.measured and tiles(again) == tiles(first)
 
 
 def test_a_note_of_no_candidate_is_measured_again(folder, last_is_fastest, monkeypatch):
-    put = tuning.KernelCache.put_note
+    put = KernelCache.put_note
     monkeypatch.setattr(
-        tuning.KernelCache, "put_note", lambda self, key, _: put(self, key, {"tile": [["i9", 99]]})
+        KernelCache, "put_note", lambda self, key, _: put(self, key, {"choice": "F(99,1) rows"})
     )
-    assert compiled(tune=True).tuning.measured
-    assert compiled(tune=True).tuning.measured
+    assert strict(tune=True).tuning.measured
+    assert strict(tune=True).tuning.measured
 
 
 def test_what_there_is_no_time_for_stays_as_predicted(folder, monkeypatch):
     monkeypatch.setattr(tuning, "SECONDS", -1.0)
-    exe = compiled(tune=True)
-    assert set(exe.tuning.skipped) == {"conv", "fc"} and not exe.tuning.measured
-    assert tiles(exe) == tiles(compiled()) and not list(folder.glob("*.note"))
+    exe = strict(tune=True)
+    assert set(exe.tuning.skipped) == {"conv tile", "fc tile"} and not exe.tuning.measured
+    assert tiles(exe) == tiles(strict()) and not list(folder.glob("*.note"))
 
 
 def test_the_prediction_stays_unless_another_is_clearly_faster():
@@ -94,4 +129,4 @@ def test_the_prediction_stays_unless_another_is_clearly_faster():
 
 def test_the_interpreter_has_nothing_to_tune():
     with pytest.raises(errors.CompileError, match="tune=True"):
-        gc.compile(network(), outputs=["y"], dims={}, target="interpret", tune=True)
+        compiled(target="interpret", tune=True)
