@@ -102,7 +102,7 @@ class Tuner:
         hopeless = _HOPELESS * min(costs.values())
         ranked = sorted((a for a in costs if costs[a] <= hopeless), key=costs.__getitem__)
         candidates = list(dict.fromkeys([predicted, *ranked]))[:ALGORITHMS]
-        types = [v.type.sizes for v in node.inputs]
+        types = [str(v.type) for v in node.inputs]
         facts = [node.op, repr(sorted(node.attrs.items())), types, mode, self._training]
         key = self._key(*facts, sorted(candidates), _compiler_digest())
 
@@ -125,13 +125,15 @@ class Tuner:
         for slot, value in enumerate(node.inputs):
             name, (first, *rest) = f"operand{slot}", value.type.sizes
             shape = (batch if batched[slot] else first, *rest)
-            prepared = not (batched[slot] or self._training)
-            operands.append(g.parameter(name, shape) if prepared else g.input(name, shape))
+            if batched[slot] or self._training:
+                operands.append(g.input(name, shape, value.dtype))
+            else:  # weights, which are transformed when they are loaded
+                operands.append(g.parameter(name, value.type.sizes, dtype=value.dtype))
         y = apply(node.op, *operands, **node.attrs)[0]
         g.output(y=y)
         gradients: list[str] = []
         if self._training and mode == "batch":
-            cotangent = g.input("cotangent", y.shape)
+            cotangent = g.input("cotangent", y.shape, y.dtype)
             g.output(loss=sum_of(y * cotangent))
             gradients = [v.name for v in operands]
         joint, _ = compiler.transform(
@@ -189,10 +191,9 @@ class Tuner:
         """What was chosen before, in this compilation or, as a note says, in another."""
         if key not in self._chosen:
             note = self._cache.get_note(key)
-            choice = note.get("choice") if isinstance(note, dict) else None
-            if choice not in candidates:
+            if not isinstance(note, dict) or note.get("choice") not in candidates:
                 return None
-            self._chosen[key] = choice
+            self._chosen[key] = note["choice"]
         return self._chosen[key]
 
     def _choose(
