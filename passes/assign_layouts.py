@@ -102,6 +102,8 @@ def _multiply_adds(node: Node) -> float:
         return second.type.size * math.prod(node.types[0].sizes[2:4])
     if node.op == "matmul":
         return out * first.sizes[-1]
+    if node.op == "patch_product":
+        return out * first.sizes[2]
     if node.op == "patch_weight_grad":
         return out * first.sizes[0] * first.sizes[3]
     if node.op == "conv2d":

@@ -19,6 +19,12 @@ WORTH = 0.85
 _WEIGHT = 10.0
 # And while the two transforms of patches are launched, with a barrier each.
 _LAUNCHES = 50_000.0
+# With channels in the lanes, patches of so many channels take twice their multiply-adds: what is
+# done around a short sum is no shorter.
+_SHORT = 24.0
+# With the batch in the lanes, what writing and reading a value costs where those of one vector of
+# images take more bytes than a level of the caches keeps.
+_FAR = ((1_500_000, 12.0), (8_000_000, 44.0))
 
 # (convolution, predicted cost of each algorithm, what lies in the lanes) -> the algorithm to take.
 Choose = Callable[[Node, dict[str, float], str], str]
@@ -39,8 +45,8 @@ class ChooseConvolutions(Pass):
     of the largest). Convolutions of stride 1 with 3 taps or more may become
     - with the batch in the lanes: `F(m,r) rows`, Toom-Cook along rows, whose transforms are then a
       handful of vector operations without shuffles: here;
-    - with channels in the lanes: `F(m,r) patches`, Winograd: by the pass `winograd_convolutions`,
-      after autodiff.
+    - in either case, where there are channels enough to pay for its transforms: `F(m,r) patches`,
+      Winograd: by the pass `winograd_convolutions`, after autodiff.
     `annotations["layout_mode"]` is the cheaper of both as a whole, or `mode`;
     `annotations["convolutions"]` has the predicted costs by layer. `choose` decides for each layer.
     """
@@ -67,7 +73,7 @@ class ChooseConvolutions(Pass):
             if mode == CHANNELS or len(costs.get(node.name, ())) < 2:
                 return None
             best = self.choose(node, costs[node.name], mode)
-            if best == "direct":
+            if not best.endswith("rows"):
                 return None
             note(new, f"{node.name}: {best}")
             return (_rewritten(node, inputs, tile_size(best)),)
@@ -88,10 +94,11 @@ class ChooseConvolutions(Pass):
         for node in nodes:
             costs = {"direct": _direct(node, mode, self.lanes)}
             images = node.types[0].sizes[0]
+            oc, ic, taps, _, oh, ow = _sizes(node)
             if is_short(node) and mode == BATCH:
-                costs |= _by_rows(node)
-            elif is_short(node) and node.types[0].sizes[1] >= self.lanes:
-                oc, ic, taps, _, oh, ow = _sizes(node)
+                costs |= _by_rows(node, self.lanes)
+                costs |= by_split_patches(oc, ic, taps, oh, ow, self.lanes)
+            elif is_short(node) and oc >= self.lanes:
                 costs |= by_patches(oc, ic, taps, oh, ow, images, not self.training)
             result[node.name] = {k: images * c for k, c in costs.items()}
         return result
@@ -120,18 +127,31 @@ def _direct(node: Node, mode: str, lanes: int) -> float:
     oc, ic, kh, kw, oh, ow = _sizes(node)
     work = float(oc * ic * kh * kw * oh * ow)
     if mode == BATCH:
-        return work
+        values = _values(node)
+        return work + values * _far(values, lanes)
     # Below the lanes' width channels waste lanes; for wide layers a block of the batch is too large
     # for the caches.
     grouped = 4.0 if node.attrs["groups"] > 1 else 1.0
     return work * grouped * (-(-oc // lanes) * lanes / oc) * 0.95
 
 
-def _by_rows(node: Node) -> dict[str, float]:
+def _values(node: Node) -> int:
+    """Elements of one image that a convolution reads and writes."""
+    return (node.inputs[0].type.size + node.types[0].size) // node.types[0].sizes[0]
+
+
+def _far(values: int, lanes: int) -> float:
+    """Cost of a value of an image, where a vector of images has so many each."""
+    return max((cost for size, cost in _FAR if values * lanes * 4 > size), default=0.0)
+
+
+def _by_rows(node: Node, lanes: int) -> dict[str, float]:
     """F(m, taps) for each m.
 
     Moving a transformed value through memory counts as a few operations."""
     oc, ic, kh, kw, oh, ow = _sizes(node)
+    values = _values(node)
+    moved = values * _far(values, lanes)
     costs = {}
     for m in range(2, ow + 1):
         points = m + kw - 1
@@ -141,7 +161,7 @@ def _by_rows(node: Node) -> dict[str, float]:
         products = oc * ic * kh * oh * tiles * points
         images = ic * (oh + kh - 1) * tiles * points * (points + 3)
         outputs = oc * oh * tiles * m * (points + 6)
-        costs[f"F({m},{kw}) rows"] = float(products + images + outputs)
+        costs[f"F({m},{kw}) rows"] = float(products + images + outputs + moved)
     return costs
 
 
@@ -165,7 +185,24 @@ def by_patches(
         made = 0.0 if prepared else 2 * weights
         ragged = oc * oh * ow * 3.0 if oh % m or ow % m else 0.0
         launches = _LAUNCHES / images
-        cost = float(max(products, weights) + transforms + ragged + made + launches)
+        short = 1 + _SHORT / min(ic, oc)
+        cost = short * (max(products, weights) + transforms) + ragged + made + launches
+        costs[f"F({m},{taps}) patches"] = float(cost)
+    return costs
+
+
+def by_split_patches(oc: int, ic: int, taps: int, oh: int, ow: int, lanes: int) -> dict[str, float]:
+    """F(m x m, taps x taps) for each m with the batch in the lanes, an image.
+
+    A patch is transformed in registers, which do not hold all of it."""
+    costs = {}
+    for m in (2, 4):
+        points = (m + taps - 1) ** 2
+        if m + taps - 1 > 6:
+            break
+        values = points * -(-oh // m) * -(-ow // m)
+        far = _far((ic + oc) * values, lanes)
+        cost = values * (oc * ic + (10 + far) * ic + (6 + far) * oc)
         costs[f"F({m},{taps}) patches"] = cost
     return costs
 

@@ -20,7 +20,7 @@ log = logging.getLogger("graphc.fusion")
 CONTRACTIONS = frozenset(
     "matmul conv2d conv2d_input_grad conv2d_weight_grad tile_transform tile_transform_grad "
     "toom_conv toom_conv_input_grad toom_conv_weight_grad "
-    "patch_transform patch_transform_grad patch_weight_grad".split()
+    "patch_transform patch_transform_grad patch_product patch_weight_grad".split()
 )
 WINDOWS = frozenset({"max_pool2d", "max_pool2d_argmax", "avg_pool2d"})
 # Their lowerings cut the spatial loops at the stride, from position 0 on.
@@ -31,6 +31,8 @@ VIEWS = frozenset({"transpose", "expand", "squeeze", "unsqueeze", "slice"})
 # Functions of one element that cost no more than reading their result would.
 CHEAP = frozenset({"lt", "le", "gt", "ge", "eq", "ne", "logical_not", "cast", "one_hot"})
 UPDATE = "update"
+# A reduction of fewer elements may as well wait for the whole batch.
+_MANY = 16
 # Constants of at most so many elements are known to the code generator (transform matrices).
 KNOWN = 256
 
@@ -108,6 +110,7 @@ class _Fuser:
                 self.users[value].append(node)
         self.kept = set(graph.results)
         self.reasons: dict[tuple[str, str], str] = {}
+        self.summed: dict[str, bool] = {}
 
     def run(self) -> Graph:
         if self.enabled:
@@ -196,6 +199,10 @@ class _Fuser:
                     return f"{node.name!r} reduces across the register tile of {source.name!r}"
                 if source.op in TRANSPOSED_WINDOWS and (node.op == "pad" or is_view(value.node)):
                     return f"{node.name!r} reads {source.name!r} across the stride of its windows"
+                if node.op in REDUCTIONS and _ends_block(node, source):
+                    return f"{source.name!r} ends with its block of the batch, {node.name!r} later"
+                if source.op in CONTRACTIONS and self.is_summed(node):
+                    return f"{node.name!r} is summed, which {source.name!r} cannot do in its tile"
                 if source.op in CONTRACTIONS and is_view(value.node):
                     return f"{value.node.name!r} reorders the register tile of {source.name!r}"
                 if not (
@@ -237,6 +244,19 @@ class _Fuser:
             if node.op in REDUCTIONS and node.inputs[0].rank != len(outer):
                 return f"{node.name!r} reduces a value of another rank"
         return ""
+
+    def is_summed(self, node: Node) -> bool:
+        """Whether an elementwise result, or one of such results alone, is reduced image by image:
+        what is reduced is then made in the loops that reduce it."""
+        if node.name not in self.summed:
+            self.summed[node.name] = get(node.op).elementwise and any(
+                0 not in user.attrs["axis"]
+                if user.op in REDUCTIONS
+                else not is_view(user) and self.is_summed(user)
+                for value in node.outputs
+                for user in self.users[value]
+            )
+        return self.summed[node.name]
 
     def leaves(self, value: Value, inside: set[str]) -> bool:
         """Whether a value must be stored: an output, or read by a node outside the region."""
@@ -430,6 +450,13 @@ def _outer(nodes: list[Node], results: list[Value]) -> tuple[tuple[int, ...], se
                 axis for axis, (s, t) in enumerate(zip(source, target, strict=True)) if s != t
             }
     return tuple(1 if axis in reduced else d for axis, d in enumerate(outer)), reduced
+
+
+def _ends_block(node: Node, source: Node) -> bool:
+    """Whether a reduction over the batch follows one of many elements of each image."""
+    if source.op not in REDUCTIONS or 0 not in node.attrs["axis"] or 0 in source.attrs["axis"]:
+        return False
+    return source.inputs[0].type.size >= _MANY * source.types[0].size
 
 
 def _disjoint(node: Node) -> bool:

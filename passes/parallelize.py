@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from graphc.ir import Graph, Node, root
+from graphc.ir import SOURCES, Graph, Node, root
 from passes.base import Pass, note
 from passes.liveness import storage_bytes
 from passes.schedule import edges, readers
@@ -36,7 +36,7 @@ class Parallelize(Pass):
         for node in reversed(graph.nodes):
             if counts.get(node.name) and _expands_for_all(graph, node, counts):
                 counts[node.name] = None
-        new = graph.reordered(_order(graph, counts))
+        new = graph.reordered(_Order(graph, counts).run())
         groups = _groups(new, counts)
         new.annotations["groups"] = tuple(
             (self._shares(new, blocks, names), names) for blocks, names in groups
@@ -54,39 +54,98 @@ class Parallelize(Pass):
         return blocks // 2 if fits and blocks % (2 * self.threads) == 0 else blocks
 
 
-def _order(graph: Graph, counts: dict[str, int | None]) -> list[Node]:
-    """List scheduling that stays with kernels of one number of blocks while any is ready."""
-    nodes = graph.nodes
-    successors, waiting = edges(graph)
-    free: list[int] = []
-    ready: dict[int | None, list[int]] = {}
+class _Order:
+    """List scheduling that stays with kernels of one number of blocks while any is ready.
 
-    def release(i: int) -> None:
-        if not _runs(nodes[i]):
-            heapq.heappush(free, i)
-        else:
-            heapq.heappush(ready.setdefault(counts.get(nodes[i].name), []), i)
+    A kernel without blocks that a group waits for, and that does not wait for the group, runs
+    before it. Else it runs where no group can go on, one by one in the old order: what is ready
+    early, such as transformed weights, would be kept until it is read."""
 
-    for i, count in enumerate(waiting):
-        if count == 0:
-            release(i)
-    order: list[Node] = []
-    current: int | None = None
-    while free or any(ready.values()):
-        if free:
-            i = heapq.heappop(free)
+    def __init__(self, graph: Graph, counts: dict[str, int | None]):
+        self.nodes = graph.nodes
+        self.counts = [counts.get(n.name) for n in self.nodes]
+        self.successors, self.waiting = edges(graph)
+        self.delay_recomputed(graph)
+        self.free: list[int] = []
+        self.ready: dict[int | None, list[int]] = {}
+        self.order: list[int] = []
+        self.group = 0  # groups are numbered from 1; the one that runs now began at `start`
+        self.start = 0
+        self.behind = [0] * len(self.nodes)  # the last group that a node waits for
+
+    def run(self) -> list[Node]:
+        for i, count in enumerate(self.waiting):
+            if count == 0:
+                self.release(i)
+        current: int | None = None
+        while self.free or any(self.ready.values()):
+            if self.free:
+                self.emit(heapq.heappop(self.free))
+                continue
+            if current is not None and not self.ready.get(current):
+                before = next((i for i in sorted(self.ready.get(None, ())) if self.leads(i)), None)
+                if before is not None:
+                    self.ready[None].remove(before)
+                    heapq.heapify(self.ready[None])
+                    self.emit(before, at=self.start)
+                    self.start += 1
+                    continue
+            if current is None or not self.ready.get(current):
+                current = _blocked(self.ready)
+                self.group += 1
+                self.start = len(self.order)
+            i = heapq.heappop(self.ready[current])
+            if current is not None:
+                self.behind[i] = self.group
+            self.emit(i)
+        return [self.nodes[i] for i in self.order]
+
+    def delay_recomputed(self, graph: Graph) -> None:
+        """Let a recomputed value wait for the other operands of its first reader.
+
+        It could be made in the forward pass already, and would have to be kept."""
+        position = {node.name: i for i, node in enumerate(self.nodes)}
+        recomputed = {node.name for node in self.nodes if _is_recomputed(node)}
+        for name in recomputed:
+            users = [user for v in graph.node(name).outputs for user, _ in graph.users(v)]
+            first = min(users, key=lambda user: position[user.name], default=None)
+            for other in {v.node.name for v in first.inputs} - recomputed if first else ():
+                self.successors[position[other]].append(position[name])
+                self.waiting[position[name]] += 1
+
+    def release(self, i: int) -> None:
+        if not _runs(self.nodes[i]):
+            heapq.heappush(self.free, i)
         else:
-            # What has no blocks runs only where no group can go on, one by one in the old order:
-            # what is ready early, such as transformed weights, would be kept until it is read.
-            if current is None or not ready.get(current):
-                current = _blocked(ready)
-            i = heapq.heappop(ready[current])
-        order.append(nodes[i])
-        for follower in successors[i]:
-            waiting[follower] -= 1
-            if waiting[follower] == 0:
-                release(follower)
-    return order
+            heapq.heappush(self.ready.setdefault(self.counts[i], []), i)
+
+    def emit(self, i: int, at: int | None = None) -> None:
+        self.order.insert(len(self.order) if at is None else at, i)
+        for follower in self.successors[i]:
+            self.behind[follower] = max(self.behind[follower], self.behind[i])
+            self.waiting[follower] -= 1
+            if self.waiting[follower] == 0:
+                self.release(follower)
+
+    def leads(self, i: int) -> bool:
+        """Whether a node that waits for no kernel of the group is all that one of them waits for,
+        directly or through other such nodes."""
+        if self.behind[i] == self.group:
+            return False
+        count = self.counts[self.order[self.start]]
+        return any(
+            self.waiting[s] == 1
+            and (self.counts[s] == count or (self.counts[s] is None and self.leads(s)))
+            for s in self.successors[i]
+        )
+
+
+def _is_recomputed(node: Node) -> bool:
+    """Whether the backward pass makes a value from values of the forward pass alone."""
+    operands = [root(v).node for v in node.inputs]
+    forward = all(n.origin.phase == "" for n in operands)
+    known = all(n.op in SOURCES for n in operands)
+    return node.origin.phase == "backward" and _runs(node) and forward and not known
 
 
 def _runs(node: Node) -> bool:

@@ -1,4 +1,4 @@
-"""Convolutions of stride 1 and their two gradients as Winograd patches, channels in the lanes."""
+"""Convolutions of stride 1 and their two gradients as Winograd patches."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from graphc.ops.winograd import (
 )
 from passes.base import Pass, note
 from passes.choose_convolutions import (
+    BATCH,
     CHANNELS,
     Choose,
     by_patches,
+    by_split_patches,
     is_short,
     predicted_best,
     tile_size,
@@ -28,10 +30,10 @@ Pairs = tuple[tuple[int, int], ...]
 class WinogradConvolutions(Pass):
     """Rewrite `conv2d`, `conv2d_input_grad` and `conv2d_weight_grad` as patches, by predicted cost.
 
-    Requires: int dimensions; `choose_convolutions` has put channels into the lanes
-    (`annotations["layout_mode"]`), else nothing changes. Runs after autodiff: gradients are
-    rewritten from what they are. Ensures: results equal up to rounding (a few 1e-6 of the largest).
-    `choose` decides for each node.
+    Requires: int dimensions; `choose_convolutions` has chosen what lies in the lanes
+    (`annotations["layout_mode"]`), else nothing changes, and has rewritten what is better done by
+    rows. Runs after autodiff: gradients are rewritten from what they are. Ensures: results equal up
+    to rounding (a few 1e-6 of the largest). `choose` decides for each node.
     """
 
     lanes: int
@@ -39,20 +41,36 @@ class WinogradConvolutions(Pass):
     choose: Choose = predicted_best
 
     def run(self, graph: Graph) -> Graph:
-        if graph.annotations.get("layout_mode") != CHANNELS:
+        mode = graph.annotations.get("layout_mode")
+        if mode not in (BATCH, CHANNELS):
             return graph
 
         def visit(new: Graph, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...] | None:
             rewrite = _REWRITES.get(node.op)
-            if rewrite is None or not is_short(node) or min(_channels(node)) < self.lanes:
+            if rewrite is None or not is_short(node):
                 return None
-            best = self.choose(node, _costs(node, self.training), CHANNELS)
+            if mode == CHANNELS and min(_channels(node)) < self.lanes:
+                return None
+            best = self.choose(node, self._costs(node, mode), mode)
             if best == "direct":
                 return None
             note(new, f"{node.name}: {best}")
-            return (rewrite(node, inputs, tile_size(best)),)
+            return (rewrite(node, inputs, tile_size(best), mode == BATCH),)
 
         return graph.rebuild(visit)
+
+    def _costs(self, node: Node, mode: str) -> dict[str, float]:
+        """Predicted cost by algorithm."""
+        out_channels, channels, taps, _ = _weight(node)
+        height, width = _pixels(node)
+        images = node.inputs[0].sizes[0]
+        shape = out_channels, channels, taps, height, width
+        costs = {"direct": float(out_channels * channels * taps * taps * height * width)}
+        if mode == BATCH:
+            costs |= by_split_patches(*shape, self.lanes)
+        else:
+            costs |= by_patches(*shape, images, not self.training)
+        return {algorithm: images * cost for algorithm, cost in costs.items()}
 
 
 def _weight(node: Node) -> tuple[int, ...]:
@@ -68,16 +86,6 @@ def _channels(node: Node) -> tuple[int, int]:
 def _pixels(node: Node) -> tuple[int, int]:
     """Height and width that are cut into patches: of the cotangent for a weight gradient."""
     return (node.inputs[1] if node.op == "conv2d_weight_grad" else node[0]).sizes[2:]  # type: ignore[return-value]
-
-
-def _costs(node: Node, training: bool) -> dict[str, float]:
-    """Predicted cost by algorithm."""
-    out_channels, channels, taps, _ = _weight(node)
-    height, width = _pixels(node)
-    images = node.inputs[0].sizes[0]
-    direct = images * out_channels * channels * taps * taps * height * width
-    patches = by_patches(out_channels, channels, taps, height, width, images, not training)
-    return {"direct": float(direct), **{a: images * cost for a, cost in patches.items()}}
 
 
 def _whole(pixels: tuple[int, ...], outputs: int, taps: int) -> tuple[int, int]:
@@ -98,29 +106,31 @@ def _cut(y: Value, pixels: tuple[int, ...]) -> Value:
     return y if y.sizes[2:] == tuple(pixels) else y[:, :, : pixels[0], : pixels[1]]
 
 
-def _forward(node: Node, inputs: tuple[Value, ...], m: int) -> Value:
+def _forward(node: Node, inputs: tuple[Value, ...], m: int, split: bool) -> Value:
     x, weight = inputs
     pixels = node.types[0].sizes[2:]
     (top, _), (left, _) = node.attrs["padding"]
     x = _padded(x, (top, left), _whole(pixels, m, weight.sizes[3]))
-    return _cut(conv2d_by_patches(x, weight, m, name=node.name), pixels)
+    return _cut(conv2d_by_patches(x, weight, m, split, name=node.name), pixels)
 
 
-def _input_grad(node: Node, inputs: tuple[Value, ...], m: int) -> Value:
+def _input_grad(node: Node, inputs: tuple[Value, ...], m: int, split: bool) -> Value:
     g, weight = inputs
     pixels, taps = node.types[0].sizes[2:], weight.sizes[3]
     (top, _), (left, _) = node.attrs["padding"]
     g = _padded(g, (taps - 1 - top, taps - 1 - left), _whole(pixels, m, taps))
-    return _cut(conv2d_input_grad_by_patches(g, weight, m, name=node.name), pixels)
+    return _cut(conv2d_input_grad_by_patches(g, weight, m, split, name=node.name), pixels)
 
 
-def _weight_grad(node: Node, inputs: tuple[Value, ...], m: int) -> Value:
+def _weight_grad(node: Node, inputs: tuple[Value, ...], m: int, split: bool) -> Value:
     x, g = inputs
     taps = node.types[0].sizes[3]
     (top, _), (left, _) = node.attrs["padding"]
     whole = _whole(g.sizes[2:], m, taps)
     g = _padded(g, (0, 0), (whole[0] - taps + 1, whole[1] - taps + 1))
-    return conv2d_weight_grad_by_patches(_padded(x, (top, left), whole), g, m, name=node.name)
+    return conv2d_weight_grad_by_patches(
+        _padded(x, (top, left), whole), g, m, split, name=node.name
+    )
 
 
 _REWRITES = {

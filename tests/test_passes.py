@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,12 +23,14 @@ from passes.eliminate_common import EliminateCommon
 from passes.eliminate_dead import EliminateDead
 from passes.fold_constants import FoldConstants
 from passes.fuse import Fuse
+from passes.parallelize import Parallelize
 from passes.pipeline import BACKWARD, FORWARD, MEMORY
 from passes.plan_memory import PlanMemory
 from passes.repeat_affine import RepeatAffine
 from passes.rewrite import rewrite
 from passes.schedule import Schedule
 from passes.set_mode import SetMode
+from passes.winograd_convolutions import WinogradConvolutions
 
 PASSES = {
     step.name: step
@@ -377,6 +382,58 @@ def test_batch_statistics_far_from_zero():
     got = interpret(graph, data, STATE, dtype="float32").outputs
     expected = interpret(graph, data, STATE, dtype="float64").outputs
     np.testing.assert_allclose(got["loss"], expected["loss"], rtol=1e-2)
+
+
+# ---- convolutions, and the order of kernels
+
+
+@pytest.mark.parametrize("mode", ["batch", "channels"])
+@pytest.mark.parametrize("size", [8, 11])
+def test_convolutions_and_gradients_become_patches(mode, size):
+    graph = Graph("convolution")
+    x, w = graph.input("x", (8, 32, size, size)), graph.input("w", (32, 32, 3, 3))
+    graph.output(loss=ops.sum(ops.square(ops.conv2d(x, w, padding=1))))
+    graph = Autodiff("loss", ("x", "w")).run(graph)
+    graph.annotations["layout_mode"] = mode
+    after, _ = Pipeline((WinogradConvolutions(lanes=8, training=True),)).run(graph, verify=True)
+    done = [n.op for n in after]
+    assert not {"conv2d", "conv2d_input_grad", "conv2d_weight_grad"} & set(done)
+    assert done.count("patch_weight_grad") == 1
+    assert done.count("patch_product" if mode == "batch" else "matmul") == 2
+    rng = np.random.default_rng(5)
+    data = {name: rng.standard_normal(node.types[0].sizes) for name, node in graph.inputs.items()}
+    a, b = (interpret(g, data, dtype="float64").outputs for g in (graph, after))
+    for name in a:
+        # The transforms' matrices are float32.
+        np.testing.assert_allclose(b[name], a[name], atol=5e-6 * np.abs(a[name]).max())
+
+
+def region(graph: Graph, name: str, *operands):
+    """A fused region that adds its operands."""
+    body = Graph(name)
+    values = [body.input(f"operand{i}", v.shape) for i, v in enumerate(operands)]
+    body.output(result0=functools.reduce(ops.add, values) if len(values) > 1 else values[0] * 2.0)
+    attrs = {"body": body, "kind": "add", "outer": operands[0].shape}
+    return graph.add("fused", operands, attrs, name=name)[0]
+
+
+def test_groups_go_on_and_recomputed_values_wait():
+    graph = Graph("order")
+    image, weight = graph.input("image", (16, 4)), graph.input("weight", (16, 4))
+    first = region(graph, "first", image)
+    transformed = region(graph, "transformed", weight)
+    second = region(graph, "second", first, transformed)
+    with graph.origin(replace(second.node.origin, phase="backward")):
+        loss = region(graph, "loss", second)
+        cotangent = region(graph, "cotangent", loss)
+        again = region(graph, "again", first)
+        graph.output(gradient=region(graph, "gradient", cotangent, again))
+    blocks = dict.fromkeys(("first", "second", "loss", "cotangent", "again"), 2)
+    after, _ = Pipeline((Parallelize(lambda n: blocks.get(n.name)),)).run(graph, verify=True)
+    order = [n.name for n in after if n.op == "fused"]
+    group = ("first", "second", "loss", "cotangent", "again")
+    assert order == ["transformed", *group, "gradient"]
+    assert [names for _, names in after.annotations["groups"]] == [group]
 
 
 def test_explicit_modes_stay():
