@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from dataclasses import dataclass
 
 from graphc.ir import SOURCES, Graph, Node, Value, is_view, root
@@ -12,12 +13,14 @@ from passes.liveness import SizeOf, peak_bytes, storage_bytes, storages
 
 @dataclass(frozen=True)
 class Schedule(Pass):
-    """Reorder nodes for a low peak of live bytes, or keep the order where that is no worse.
+    """Reorder nodes for a low peak of live bytes, or keep the order where that is lower.
 
     Requires: int dimensions; layouts assigned and fusion done, as both change sizes and lifetimes.
-    Ensures: the same nodes in an order that respects operands. Greedy list scheduling: of the nodes
-    that are ready, take the one that adds least to the live bytes (frees most); ties go to the
-    original order, so the result is deterministic. O(L log L).
+    Ensures: the same nodes in an order that respects operands: the best of three. Two are list
+    schedules, O(L log L), where ties go to the original order. One takes of the nodes that are
+    ready the one that adds least to the live bytes (frees most); the other keeps the original
+    order, but takes what frees memory as soon as it is ready: gradients do not outlive the update
+    of their parameter.
     With `updates_in_place`, a node that computes the last value of a parameter comes after the
     parameter's readers, so that the update needs no copy.
     Notes both peaks, and leaves them in annotations["peak_bytes"] = (before, after).
@@ -28,12 +31,13 @@ class Schedule(Pass):
     updates_in_place: bool = False
 
     def run(self, graph: Graph) -> Graph:
-        candidate = graph.reordered(self._order(graph))
-        before, after = self._peak(graph), self._peak(candidate)
-        new = candidate if after < before else graph.copy()
-        chosen = min(before, after)
-        note(new, f"peak of live bytes {before} -> {chosen}")
-        new.annotations["peak_bytes"] = (before, chosen)
+        before = self._peak(graph)
+        candidates = [graph.reordered(self._order(graph, greedy)) for greedy in (False, True)]
+        peaks = [*map(self._peak, candidates), before]
+        best = peaks.index(min(peaks))
+        new = [*candidates, graph.copy()][best]
+        note(new, f"peak of live bytes {before} -> {peaks[best]}")
+        new.annotations["peak_bytes"] = (before, peaks[best])
         return new
 
     def _peak(self, graph: Graph) -> int:
@@ -45,7 +49,7 @@ class Schedule(Pass):
         )
         return peak_bytes(pieces, len(graph))
 
-    def _order(self, graph: Graph) -> list[Node]:
+    def _order(self, graph: Graph, greedy: bool) -> list[Node]:
         nodes = graph.nodes
         operands = [
             () if is_view(node) else tuple(dict.fromkeys(root(v) for v in node.inputs))
@@ -57,14 +61,20 @@ class Schedule(Pass):
                 readers.setdefault(value, []).append(i)
         pending = {value: len(indices) for value, indices in readers.items()}
         pinned = {root(v) for v in graph.results} if self.outputs_live else set()
+        elsewhere = set(graph.updates.values()) if self.updates_in_place else set()
         made = [
-            0 if node.op in SOURCES or is_view(node) else sum(self.size_of(v) for v in node.outputs)
+            0
+            if node.op in SOURCES or is_view(node)
+            else sum(self.size_of(v) for v in node.outputs if v not in elsewhere)
             for node in nodes
         ]
         sizes = {v: 0 if v.node.op in SOURCES or v in pinned else self.size_of(v) for v in pending}
 
-        def added(i: int) -> int:
-            return made[i] - sum(sizes[v] for v in operands[i] if pending[v] == 1)
+        def added(i: int) -> float:
+            if nodes[i].op in SOURCES or is_view(nodes[i]):
+                return -math.inf  # costs nothing, and others wait for it
+            more = made[i] - sum(sizes[v] for v in operands[i] if pending[v] == 1)
+            return more if greedy or more < 0 else 0
 
         successors, waiting = edges(graph, self.updates_in_place)
         ready = [(added(i), i) for i in range(len(nodes)) if not waiting[i]]
