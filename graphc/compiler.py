@@ -28,6 +28,7 @@ from passes.hoist_parameters import HoistParameters
 from passes.parallelize import Parallelize
 from passes.pipeline import BACKWARD, FORWARD
 from passes.plan_memory import PlanMemory
+from passes.read_interior import ReadInterior
 from passes.receive_padded import ReceivePadded
 from passes.rematerialize import Rematerialize
 from passes.repeat_affine import RepeatAffine
@@ -259,6 +260,7 @@ def default_pipeline(layout: str | None = None, target: str = "cpu") -> Pipeline
         (
             ExplicitPadding(),
             RepeatAffine(),
+            ReadInterior(),
             Fuse(),
             AssignLayouts(cpu_target.host_lanes(), layout, can_lower=cpu_target.can_lower),
         )

@@ -1,4 +1,4 @@
-"""Let every reader compute a scaled and shifted value from the stored value it comes from."""
+"""Let every reader compute a scaled, shifted and rectified value from the one it comes from."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from passes.base import Pass, note
 from passes.eliminate_dead import EliminateDead
 from passes.fuse import REDUCTIONS
 
-AFFINE = frozenset({"add", "sub", "mul"})
+CHEAP = frozenset({"add", "sub", "mul", "relu"})
 
 
 @dataclass(frozen=True)
 class RepeatAffine(Pass):
-    """Give every reader of x scaled and shifted per channel a copy of those operations of its own.
+    """Give every reader of x scaled and shifted per channel, with relu or without, a copy of those
+    operations of its own.
 
     Requires: int dimensions, composite operators decomposed; common subexpressions are not to be
     merged afterwards. Ensures: equal results. x is stored whatever happens, because a reduction
     reads it as well (batch norm's statistics), and the factors do not depend on the batch: fusion
-    then computes the copies where they are read, and the normalised images, which forward and
-    backward pass share, are never written to memory.
+    then computes the copies where they are read, and the normalised images and relu's masks, which
+    forward and backward pass share, are never written to memory.
     """
 
     def run(self, graph: Graph) -> Graph:
@@ -49,11 +50,12 @@ class RepeatAffine(Pass):
 
 
 def _affine_values(graph: Graph) -> set[Value]:
-    """Sums and products of a stored value, or of one of them, with factors of no batch axis."""
+    """Sums and products of a stored value, or of one of them, with factors of no batch axis, and
+    relu of those."""
     reduced = {v for node in graph if node.op in REDUCTIONS for v in node.inputs}
     found: set[Value] = set()
     for node in graph:
-        if node.op not in AFFINE or node.types[0].rank < 2:
+        if node.op not in CHEAP or node.types[0].rank < 2:
             continue
         shape = node.types[0].shape
         wide = [v for v in node.inputs if v.shape == shape]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from random_graphs import SHAPES, arrays, build, recipes, split
 
 from graphc import errors, ops
+from graphc.compiler import transform
 from graphc.interpreter import interpret
 from graphc.ir import Graph, Origin
 from graphc.ops import registry
@@ -21,11 +22,13 @@ from passes.canonicalize import Canonicalize
 from passes.decompose import Decompose
 from passes.eliminate_common import EliminateCommon
 from passes.eliminate_dead import EliminateDead
+from passes.explicit_padding import ExplicitPadding
 from passes.fold_constants import FoldConstants
 from passes.fuse import Fuse
 from passes.parallelize import Parallelize
 from passes.pipeline import BACKWARD, FORWARD, MEMORY
 from passes.plan_memory import PlanMemory
+from passes.read_interior import ReadInterior
 from passes.repeat_affine import RepeatAffine
 from passes.rewrite import rewrite
 from passes.schedule import Schedule
@@ -375,6 +378,31 @@ def test_readers_compute_normalised_images():
     a, b = (interpret(g, data, STATE, dtype="float64").outputs for g in (before, after))
     for name in a:
         np.testing.assert_allclose(a[name], b[name], rtol=1e-10)
+
+
+def test_masks_are_found_in_padded_copies():
+    """relu(z + x) is padded for a convolution; then the backward pass reads it nowhere else."""
+    graph = Graph("residual")
+    x, w = graph.input("x", (2, 3, 5, 7)), graph.parameter("w", (3, 3, 3, 3))
+    y = ops.relu(ops.add(ops.conv2d(x, w, padding=1), x), name="y")
+    graph.output(loss=ops.sum(ops.add(ops.square(ops.conv2d(y, w, padding=1)), y)))
+    graph, _ = transform(graph, ["loss"], {}, "loss", ["x", "w"])
+    after, _ = Pipeline((ExplicitPadding(), ReadInterior())).run(graph, verify=True)
+    rng = np.random.default_rng(2)
+    data, state = (
+        {"x": rng.standard_normal((2, 3, 5, 7))},
+        {"w": rng.standard_normal((3, 3, 3, 3))},
+    )
+    a, b = (interpret(g, data, state, dtype="float64").outputs for g in (graph, after))
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=1e-10)
+
+    def read_late(g: Graph) -> set[str]:
+        return {n.op for n, _ in g.users(g.value("y")) if n.origin.phase == "backward"}
+
+    assert "gt" in read_late(graph) and not read_late(after)
+    (mask,) = (n for n in after if n.op == "gt")
+    assert mask.inputs[0].node.op == "slice" and mask.inputs[0].node.inputs[0].node.op == "pad"
 
 
 def test_batch_statistics_far_from_zero():
