@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import logging
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from graphc.ir import SOURCES, Graph, Node, Value
@@ -281,7 +282,7 @@ class _Fuser:
             u
             for n in inside
             for v in self.graph.node(n).outputs
-            for u in self.users[v]
+            for u in self.readers(v)
             if u.name not in inside
         ]
         seen: set[str] = set()
@@ -293,13 +294,22 @@ class _Fuser:
             fellows = self.members[self.group[node.name]] if node.name in self.group else [node]
             for fellow in fellows:
                 for value in fellow.outputs:
-                    for user in self.users[value]:
+                    for user in self.readers(value):
                         if user.name in inside:
                             return True
                         reach = group_last.setdefault(user.name, self.first_position(user))
                         if user.name not in seen and reach <= last:
                             stack.append(user)
         return False
+
+    def readers(self, value: Value) -> Iterator[Node]:
+        """Nodes that read a value, directly or through views, which are no kernels of their own."""
+        for user in self.users[value]:
+            if is_view(user):
+                for shown in user.outputs:
+                    yield from self.readers(shown)
+            else:
+                yield user
 
     def first_position(self, node: Node) -> int:
         fellows = self.members[self.group[node.name]] if node.name in self.group else [node]
