@@ -217,7 +217,7 @@ class Emitter:
         if not value.axes or value.axes == axes:
             return value.name
         indices = self._positions(axes, value.axes)
-        name = self.factory(f"spread_{len(indices)}", f"v.pick({indices})")
+        name = self.factory(f"pick_{len(indices)}", f"v.pick({indices})")
         return self._assign(scope, "spread", f"{name}({value.name})", axes).name
 
     def _counts(self, axes: tuple[str, ...]) -> tuple[int, ...]:
