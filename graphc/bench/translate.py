@@ -164,15 +164,29 @@ def _attribute(step: Step, name: str) -> Any:
     return step.node.attrs[name]
 
 
-_ARITHMETIC: dict[str, Callable[[Step, list[str]], str]] = {
-    "add": _binary("+"),
-    "sub": _binary("-"),
-    "mul": _binary("*"),
-    "div": _binary("/"),
-    "matmul": _binary("@"),
-    "neg": lambda step, x: f"-{x[0]}",
-    "square": lambda step, x: f"{x[0]} * {x[0]}",
-}
+def _reduction(form: str) -> Callable[[Step, list[str]], str]:
+    """A reduction written as `form`, with its operand {x}, {axis} and {keepdims}."""
+
+    def write(step: Step, x: list[str]) -> str:
+        axis, keepdims = _attribute(step, "axis"), _attribute(step, "keepdims")
+        return form.format(x=x[0], axis=tuple(axis), keepdims=keepdims)
+
+    return write
+
+
+def _common(module: str) -> dict[str, Callable[[Step, list[str]], str]]:
+    """What PyTorch and JAX write alike, with functions of `module`."""
+    return {
+        "add": _binary("+"),
+        "sub": _binary("-"),
+        "mul": _binary("*"),
+        "div": _binary("/"),
+        "matmul": _binary("@"),
+        "neg": lambda step, x: f"-{x[0]}",
+        "square": lambda step, x: f"{x[0]} * {x[0]}",
+        **{n: _call(f"{module}.{n}") for n in ("exp", "log", "sqrt", "tanh", "maximum")},
+        "reshape": lambda step, x: f"{x[0]}.reshape({step.node.types[0].shape})",
+    }
 
 
 def _symmetric(step: Step) -> tuple[int, ...] | None:
@@ -229,21 +243,13 @@ def _torch_batch_norm(step: Step, x: list[str]) -> str:
     )
 
 
-def _torch_reduce(name: str) -> Callable[[Step, list[str]], str]:
-    def write(step: Step, x: list[str]) -> str:
-        a = step.node.attrs
-        return f"{x[0]}.{name}(dim={tuple(a['axis'])}, keepdim={a['keepdims']})"
-
-    return write
-
-
 TORCH = Writer(
     "PyTorch",
     "import torch\nimport torch.nn.functional as F\n\n",
     {
-        **_ARITHMETIC,
-        **{n: _call(f"torch.{n}") for n in ("exp", "log", "sqrt", "tanh", "sigmoid", "maximum")},
+        **_common("torch"),
         "relu": _call("F.relu"),
+        "sigmoid": _call("torch.sigmoid"),
         "silu": _call("F.silu"),
         "gelu": lambda step, x: f"F.gelu({x[0]}, approximate={_attribute(step, 'approximate')!r})",
         "linear": _call("F.linear"),
@@ -251,11 +257,10 @@ TORCH = Writer(
         "max_pool2d": _torch_max_pool,
         "avg_pool2d": _torch_avg_pool,
         "batch_norm": _torch_batch_norm,
-        "mean": _torch_reduce("mean"),
-        "sum": _torch_reduce("sum"),
+        "mean": _reduction("{x}.mean(dim={axis}, keepdim={keepdims})"),
+        "sum": _reduction("{x}.sum(dim={axis}, keepdim={keepdims})"),
         "softmax": lambda step, x: f"F.softmax({x[0]}, dim={axis_of(step)})",
         "log_softmax": lambda step, x: f"F.log_softmax({x[0]}, dim={axis_of(step)})",
-        "reshape": lambda step, x: f"{x[0]}.reshape({step.node.types[0].shape})",
         "transpose": lambda step, x: f"{x[0]}.permute({_attribute(step, 'axes')})",
         "concat": lambda step, x: f"torch.cat(({', '.join(x)},), dim={_attribute(step, 'axis')})",
         "cross_entropy": lambda step, x: (
@@ -335,20 +340,11 @@ def _jax_avg_pool(step: Step, x: list[str]) -> str:
     return f"{total} / pool(jnp.ones_like({x[0]}), 0.0, lax.add, {geometry})"
 
 
-def _jax_reduce(name: str) -> Callable[[Step, list[str]], str]:
-    def write(step: Step, x: list[str]) -> str:
-        a = step.node.attrs
-        return f"jnp.{name}({x[0]}, axis={tuple(a['axis'])}, keepdims={a['keepdims']})"
-
-    return write
-
-
 JAX = Writer(
     "JAX",
     _JAX_HEAD,
     {
-        **_ARITHMETIC,
-        **{n: _call(f"jnp.{n}") for n in ("exp", "log", "sqrt", "tanh", "maximum")},
+        **_common("jnp"),
         "relu": _call("nn.relu"),
         "sigmoid": _call("nn.sigmoid"),
         "silu": _call("nn.silu"),
@@ -358,11 +354,10 @@ JAX = Writer(
         "max_pool2d": _jax_max_pool,
         "avg_pool2d": _jax_avg_pool,
         "batch_norm": _jax_batch_norm,
-        "mean": _jax_reduce("mean"),
-        "sum": _jax_reduce("sum"),
+        "mean": _reduction("jnp.mean({x}, axis={axis}, keepdims={keepdims})"),
+        "sum": _reduction("jnp.sum({x}, axis={axis}, keepdims={keepdims})"),
         "softmax": lambda step, x: f"nn.softmax({x[0]}, {axis_of(step)})",
         "log_softmax": lambda step, x: f"nn.log_softmax({x[0]}, {axis_of(step)})",
-        "reshape": lambda step, x: f"{x[0]}.reshape({step.node.types[0].shape})",
         "transpose": lambda step, x: f"{x[0]}.transpose({_attribute(step, 'axes')})",
         "concat": lambda step, x: (
             f"jnp.concatenate(({', '.join(x)},), axis={_attribute(step, 'axis')})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import graphc as gc
@@ -13,39 +14,46 @@ from graphc.ir import Graph
 Shape = tuple[int, ...]
 
 
-def _lenet(shape: Shape, classes: int) -> Graph:
-    if shape != (1, 28, 28):
-        raise GraphcError(
-            f"lenet takes grey images of 28x28 [1, 28, 28], these are {list(shape)}; "
-            "mlp takes any size"
-        )
-    return zoo.lenet5(classes=classes)
+@dataclass(frozen=True)
+class Network:
+    """A network of the command line.
+
+    build: from the shape [C, H, W] of an image and the number of classes, a graph with inputs
+    image and label, outputs logits and loss. shape: the only one it takes, None for any. images:
+    that in words. advice: what to do with others."""
+
+    build: Callable[[Shape, int], Graph]
+    shape: Shape | None = None
+    images: str = ""
+    advice: str = ""
 
 
-def _mlp(shape: Shape, classes: int) -> Graph:
-    return zoo.mlp(input_shape=shape, classes=classes)
-
-
-def _resnet20(shape: Shape, classes: int) -> Graph:
-    if shape != (3, 32, 32):
-        raise GraphcError(
-            f"resnet20 takes colour images of 32x32 [3, 32, 32], these are {list(shape)}; "
-            "--data takes a folder with CIFAR-10's binary files"
-        )
-    return zoo.resnet20(classes=classes)
-
-
-# (shape of an image, number of classes) -> graph with inputs image, label; outputs logits, loss.
-MODELS: dict[str, Callable[[Shape, int], Graph]] = {
-    "lenet": _lenet,
-    "mlp": _mlp,
-    "resnet20": _resnet20,
+MODELS = {
+    "lenet": Network(
+        lambda shape, classes: zoo.lenet5(classes=classes),
+        (1, 28, 28),
+        "grey images of 28x28",
+        "mlp takes any size",
+    ),
+    "mlp": Network(lambda shape, classes: zoo.mlp(input_shape=shape, classes=classes)),
+    "resnet20": Network(
+        lambda shape, classes: zoo.resnet20(classes=classes),
+        (3, 32, 32),
+        "colour images of 32x32",
+        "--data takes a folder with CIFAR-10's binary files",
+    ),
 }
 
 
 def build(model: str, shape: Shape, classes: int) -> Graph:
     """The named network for images of `shape` [C, H, W]. Raises GraphcError."""
-    return MODELS[choose("model", model, MODELS)](shape, classes)
+    network = MODELS[choose("model", model, MODELS)]
+    if network.shape not in (None, shape):
+        raise GraphcError(
+            f"{model} takes {network.images} {list(network.shape or ())}, these are {list(shape)}; "
+            f"{network.advice}"
+        )
+    return network.build(shape, classes)
 
 
 def choose(what: str, name: str, known) -> str:
@@ -56,10 +64,11 @@ def choose(what: str, name: str, known) -> str:
 
 
 def draw_model(model: str, stage: str, batch: int, path: Path) -> Path:
-    """Write a picture of the network for digits (resnet20: CIFAR-10) in ten classes; returns its
+    """Write a picture of the network for its images (mlp: digits) in ten classes; returns its
     path."""
     choose("stage", stage, ("declared", "inference", "training"))
-    graph = build(model, (3, 32, 32) if model == "resnet20" else (1, 28, 28), 10)
+    network = MODELS[choose("model", model, MODELS)]
+    graph = network.build(network.shape or (1, 28, 28), 10)
     path.parent.mkdir(parents=True, exist_ok=True)
     if stage == "declared":
         return gc.viz.draw(graph).save(path)
