@@ -9,6 +9,8 @@ import pytest
 from compile_checks import assert_same
 
 import graphc as gc
+from graphc.codegen import parts
+from graphc.codegen.lower import lower_region
 from graphc.interpreter import interpret
 from graphc.ir import Graph
 from graphc.ops.conv import conv2d_input_grad
@@ -72,7 +74,7 @@ def check_gradients(layers, layout, batch):
         terms.append(gc.sum(gc.mul(gc.sin(y), 0.1)))
         feeds[x.name] = rng.standard_normal((batch, *image)).astype("float32")
     g.output(loss=gc.sum(gc.stack(terms)))
-    assert_same(
+    compiled, _ = assert_same(
         g,
         feeds,
         dims={"N": batch},
@@ -81,6 +83,7 @@ def check_gradients(layers, layout, batch):
         gradients=[*g.inputs, *g.parameters],
         pipeline=gc.default_pipeline(layout),
     )
+    return compiled
 
 
 @pytest.mark.parametrize("layout, batch", [("batch", 16), ("channels", 3)])
@@ -107,3 +110,34 @@ def test_arrays_in_and_out_of_ordered_layouts(axis):
     blocks = [p // 4 if a == axis else p for a, p in enumerate(at)]
     offset = sum(b * s for b, s in zip(blocks, strides, strict=True)) + lane
     assert memory.reshape(-1)[offset] == array[at]
+
+
+@pytest.mark.parametrize("layout, batch", [("batch", 16), ("channels", 3)])
+def test_weight_gradients_in_parts(layout, batch):
+    layer = ((9, 31, 64), (24, 9, 3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1), 1)
+    compiled = check_gradients([layer], layout, batch)
+    (launch,) = [one for one in compiled.launches if one.node.name == "conv2d_weight_grad"]
+    outer, order = launch.kernel.outer, launch.schedule.order
+    assert any(n.startswith("r") for n in outer)
+    assert all(n.startswith("i") for n in order[: launch.schedule.parallel])
+    for loop, count in launch.schedule.tile:
+        assert launch.kernel.loops[loop].extent % count == 0
+
+
+def test_sums_are_cut_evenly():
+    body = Graph("body")
+    x, g = body.input("operand0", (3, 2, 12, 4)), body.input("operand1", (3, 5, 12, 4))
+    attrs = {"stride": (1, 1), "padding": ((0, 0), (0, 0)), "dilation": (1, 1), "groups": 1}
+    dw = body.add("conv2d_weight_grad", (x, g), {**attrs, "weight_shape": (5, 2, 1, 1)})
+    body.output(result0=dw[0])
+    kernel = lower_region("dw", body)
+    total = kernel.stores[0].expr
+    images, rows, _ = total.attributes["loops"]
+    ways = list(parts.ways_to_cut(kernel, total, None))
+    assert [way[rows] for way in ways] == [12, 6, 4, 3, 2, 1]
+    assert all(way[images] == 1 for way in ways)
+    assert parts.can_be_cut(kernel, total)
+    outside = parts.cut(kernel, ways[2])
+    assert outside == (images, f"{rows}b")
+    assert kernel.loops[f"{rows}b"].extent == 3 and kernel.loops[f"{rows}l"].extent == 4
+    assert kernel.outer[-2:] == outside

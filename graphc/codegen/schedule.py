@@ -1,9 +1,8 @@
 """Choose how a kernel runs on a CPU: its SIMD lane, register tile, loop order and shared loops.
 
-The choice is a small cost model of one core: fused multiply-adds and loads each issue two a cycle,
-a chain of multiply-adds has a latency of four, and values that do not fit the registers are
-spilled. The candidates are enumerated; the cheapest wins, or the fastest of the cheapest few when
-they are measured (`graphc.tuning`). Everything is deterministic.
+The candidates are enumerated; the cheapest by a small cost model (`graphc.codegen.tile_cost`) wins,
+or the fastest of the cheapest few when they are measured (`graphc.tuning`). Everything is
+deterministic.
 """
 
 from __future__ import annotations
@@ -11,8 +10,10 @@ from __future__ import annotations
 import itertools
 import math
 
+from graphc.codegen import parts
 from graphc.codegen.kernel import Access, Kernel, Loop, Schedule
 from graphc.codegen.reductions import known_factor
+from graphc.codegen.tile_cost import Tile, TileCost
 from graphc.expr import Expr
 
 _COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14)
@@ -36,18 +37,24 @@ def rank_schedules(
     collapse(kernel, bounded(kernel) | keep)
     fixed = bounded(kernel)
     lane = _choose_lane(kernel, lanes, fixed)
-    tiles: list[tuple[tuple[str, int], ...]] = [()]
-    if lane or _main_reduction(kernel):
-        tiles = _rank_tiles(kernel, lane, lanes, fixed, {blocks: together}, most)
+    main = _main_reduction(kernel)
     outer = tuple(n for n in kernel.outer if n != lane)
     if not blocks:
         outer = _ordered(kernel, outer)
+    tiles: dict[Tile, float] = {(): 0.0}
+    if lane or main:
+        tiles = _rank_tiles(kernel, lane, lanes, fixed, {blocks: together}, outer)
+    outside: tuple[str, ...] = ()
+    if main and not blocks and parts.can_be_cut(kernel, main):
+        kept, tiles = _choose_parts(kernel, main, lane, lanes, fixed, outer, tiles)
+        outside = parts.cut(kernel, kept) if kept else ()
     schedules = []
-    for tile in tiles:
+    for tile in list(tiles)[:most]:
         counts = dict(tile)
         trips = [math.ceil(kernel.loops[n].extent / counts.get(n, 1)) for n in outer]
         shared = 1 if blocks else _shared(trips, threads) if threads > 1 else 0
-        schedules.append(Schedule(lane, tile, outer, shared))
+        place = max(1, shared)  # threads do not share parts, whose sums are one
+        schedules.append(Schedule(lane, tile, (*outer[:place], *outside, *outer[place:]), shared))
     return schedules
 
 
@@ -236,25 +243,27 @@ def _rank_tiles(
     lanes: int,
     fixed: set[str],
     limits: dict[str | None, int],
-    most: int,
-) -> list[tuple[tuple[str, int], ...]]:
-    """Register tiles of the main reduction: at most two outer loops, besides pooling windows. Up to
-    `most` of them, the cheapest first.
+    order: tuple[str, ...],
+    kept: dict[str, int] | None = None,
+) -> dict[Tile, float]:
+    """Register tiles of the main reduction and their costs, the cheapest first: at most two outer
+    loops, besides pooling windows.
 
-    `limits` caps the count of a loop."""
+    `limits` caps the count of a loop. `kept`: the iterations of one part, where the sum is cut into
+    parts; a tile that overlaps its neighbour would add twice there."""
     main = _main_reduction(kernel)
     if not kernel.trips(kernel.loops):
-        return [()]
+        return {(): 0.0}
     if main is None:
-        return [_unrolled(kernel, lane, fixed, limits)]
+        return {_unrolled(kernel, lane, fixed, limits): 0.0}
     operands = [_operand(factor) for factor in _factors(main)]
     used = kernel.free(main)
     windows = _windows(kernel, main)
     if any(n in fixed or kernel.loops[n].ragged for n in windows):
-        return [()]
+        return {(): 0.0}
     whole = _constant_matrix(kernel, main, lane, fixed)
     if whole:
-        return [whole]
+        return {whole: 0.0}
     base = [(n, kernel.loops[n].extent) for n in windows]
     blocks = {loop.block for loop in kernel.loops.values() if loop.ragged}
     candidates = [
@@ -277,16 +286,44 @@ def _rank_tiles(
             and kernel.loops[block].extent > 1
         ):
             candidates.append(block)
-    costs: dict[tuple[tuple[str, int], ...], float] = {}
+    if kept:
+        limits = {**limits, **{n: kernel.loops[n].extent for n in candidates}}
+    cost = TileCost(kernel, main, operands, order, lane, lanes, kept)
+    costs: dict[Tile, float] = {}
     for pair in itertools.combinations(candidates, min(2, len(candidates))):
         for counts in itertools.product(*[_options(kernel, n, limits) for n in pair]):
             chosen = dict(zip(pair, counts, strict=True))
             if math.prod(counts) * math.prod(c for _, c in base) > 32:
                 continue
-            tile = [(n, chosen[n]) for n in kernel.outer if chosen.get(n, 1) > 1] + base
-            cost = _tile_cost(kernel, main, operands, tile, lane, lanes)
-            costs.setdefault(tuple(tile), round(cost, 9))
-    return sorted(costs, key=costs.__getitem__)[:most] or [tuple(base)]
+            tile = (*((n, chosen[n]) for n in kernel.outer if chosen.get(n, 1) > 1), *base)
+            if tile not in costs:
+                costs[tile] = round(cost(tile), 9)
+    return dict(sorted(costs.items(), key=lambda item: item[1])) or {tuple(base): math.inf}
+
+
+def _choose_parts(
+    kernel: Kernel,
+    main: Expr,
+    lane: str | None,
+    lanes: int,
+    fixed: set[str],
+    order: tuple[str, ...],
+    tiles: dict[Tile, float],
+) -> tuple[dict[str, int], dict[Tile, float]]:
+    """How to cut a long sum into parts, {} for not at all, and the tiles that go with it; `tiles`
+    are those of the whole sum."""
+    ways = list(parts.ways_to_cut(kernel, main, lane))
+    if not ways or lane is None:
+        return {}, tiles
+    factors = [_operand(factor) for factor in _factors(main)]
+    costs = [TileCost(kernel, main, factors, order, lane, lanes, kept) for kept in ways]
+    # The best tile for the smallest parts, the best parts for this tile, the best tile for those.
+    kept = ways[-1]
+    for _ in range(2):
+        tile = next(iter(_rank_tiles(kernel, lane, lanes, fixed, {}, order, kept)))
+        kept = ways[min(range(len(ways)), key=lambda way: costs[way](tile))]
+    cut = _rank_tiles(kernel, lane, lanes, fixed, {}, order, kept)
+    return (kept, cut) if min(cut.values()) < 0.95 * min(tiles.values()) else ({}, tiles)
 
 
 def _lane_accesses(kernel: Kernel, lane: str) -> list[Access]:
@@ -296,7 +333,7 @@ def _lane_accesses(kernel: Kernel, lane: str) -> list[Access]:
 
 def _unrolled(
     kernel: Kernel, lane: str | None, fixed: set[str], limits: dict[str | None, int]
-) -> tuple[tuple[str, int], ...]:
+) -> Tile:
     """A few iterations of the innermost outer loop at once.
 
     Independent chains hide latencies and share the work of addresses. Only counts that divide the
@@ -322,9 +359,7 @@ def _unrolled(
     return ((inner, count),) if count > 1 and not (argmax and count > 5) else ()
 
 
-def _constant_matrix(
-    kernel: Kernel, main: Expr, lane: str | None, fixed: set[str]
-) -> tuple[tuple[str, int], ...] | None:
+def _constant_matrix(kernel: Kernel, main: Expr, lane: str | None, fixed: set[str]) -> Tile | None:
     """The tile in which products with small constant matrices are lines of code, one for each row.
 
     The matrix may be applied twice, from both sides."""
@@ -356,68 +391,6 @@ def _options(kernel: Kernel, loop: str, limits: dict[str | None, int]) -> list[i
     return [c for c in _COUNTS if c <= most and (loop not in limits or most % c == 0)]
 
 
-def _tile_cost(
-    kernel: Kernel,
-    main: Expr,
-    operands: list[list[Access]],
-    tile: list[tuple[str, int]],
-    lane: str | None,
-    lanes: int,
-) -> float:
-    """Cycles per useful multiply-add, from instruction issue and what the tile reads of the caches.
-
-    One tile runs the whole reduction: `steps` times `accumulators` multiply-adds. `operands` are
-    the accesses behind either factor."""
-    counts = dict(tile)
-    reach = {**counts, lane: lanes} if lane else counts
-    registers = 32 if lanes in (4, 16) else 16
-    loops = [n for n in main.attributes["loops"] if n != lane]
-    steps = kernel.trips(loops)
-    accumulators = math.prod(counts.values())
-    values: list[int] = []
-    loads = fresh = footprint = pointers = 0.0
-    inner = next((n for n in reversed(kernel.outer) if n != lane), None)
-    for accesses in operands:
-        used = math.prod(c for n, c in tile if any(a.stride(n) for a in accesses))
-        values.append(used)
-        for a in accesses:
-            width = lanes if lane and a.stride(lane) not in (0, 1) else 1
-            loads += used * width
-            # Addresses that x86 cannot form from a base and one stride are pointers of their own.
-            far = math.prod(c for n, c in tile if a.stride(n) not in (0, 1, -1, lanes, 2 * lanes))
-            pointers += max(0, far - 5)
-            size = _touched(kernel, a, reach, loops)
-            footprint += size
-            if inner is not None and a.stride(inner):
-                step = 2 * counts.get(inner, 1)
-                fresh += _touched(kernel, a, {**reach, inner: step}, loops) - size
-    # Operands that are used once may be memory operands; the smaller side stays in registers.
-    need = accumulators + min(values) + (1 if max(values) > 1 else 0)
-    spilled = max(0, need - registers)
-    # Two loads a cycle is what the manual says; cache banks meet now and then.
-    step_cycles = max(accumulators / 2, 0.55 * loads, 4.0) + 0.5 + 2.0 * spilled + 0.25 * pointers
-    issue = steps * step_cycles
-    if footprint > _L2_BYTES:
-        memory = footprint / _L3_BYTES_PER_CYCLE
-    else:
-        memory = (footprint if footprint > _L1_BYTES else fresh) / _L2_BYTES_PER_CYCLE
-    # Each multiply-add chain starts and ends once a tile; stores to distant lines cost a bit more.
-    outside = 15.0 + 1.5 * accumulators
-    waste = math.prod(
-        math.ceil(kernel.loops[n].extent / c) * c / kernel.loops[n].extent for n, c in tile
-    )
-    cycles = max(issue, memory) + 0.15 * min(issue, memory) + outside
-    return cycles / (accumulators * steps) * waste
-
-
-# What a tile may keep in the first and second cache, and what a core gets from the next one.
-_LINE_BYTES = 64.0
-_L1_BYTES = 28_000
-_L2_BYTES = 400_000
-_L2_BYTES_PER_CYCLE = 24.0
-_L3_BYTES_PER_CYCLE = 9.0
-
-
 def _operand(factor: Expr) -> list[Access]:
     """The memory accesses behind one factor of the product."""
     found, stack = [], [factor]
@@ -427,22 +400,3 @@ def _operand(factor: Expr) -> list[Access]:
             found.append(e.attributes["access"])
         stack.extend(e.args)
     return found
-
-
-def _touched(kernel: Kernel, access: Access, counts: dict[str, int], loops: list[str]) -> float:
-    """Bytes in the cache lines that one tile touches; `counts` includes the lane.
-
-    Loops of one stride overlap (the sliding window of a convolution)."""
-    reach: dict[int, int] = {}
-    for n in [*counts, *loops]:
-        stride = abs(access.stride(n))
-        if stride:
-            extent = counts[n] if n in counts else kernel.loops[n].extent
-            reach[stride] = reach.get(stride, 1) + extent - 1
-    run, runs = 1, 1
-    for stride in sorted(reach):
-        if stride <= run:
-            run += stride * (reach[stride] - 1)
-        else:
-            runs *= reach[stride]
-    return runs * max(4.0 * run, _LINE_BYTES)

@@ -1,0 +1,156 @@
+"""What a register tile costs: a small model of one core and its caches.
+
+Fused multiply-adds and loads each issue two a cycle, a chain of multiply-adds has a latency of
+four, and sums that do not fit the registers go through memory. Tiles whose operands leave the first
+cache wait for the next one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from graphc.codegen.kernel import Access, Kernel
+from graphc.expr import Expr
+
+Tile = tuple[tuple[str, int], ...]
+
+# What a tile may keep in the first and second cache, and what a core gets from the next one.
+_LINE_BYTES = 64.0
+_L1_BYTES = 28_000
+_L2_BYTES = 400_000
+_L2_BYTES_PER_CYCLE = 24.0
+_L3_BYTES_PER_CYCLE = 9.0
+
+
+class TileCost:
+    """Cycles per useful multiply-add of the register tiles of a kernel's main reduction.
+
+    `factors` are the accesses behind either factor of its product, `order` the outer loops as
+    nested. A tile runs the whole reduction, or a part of it, of `kept` iterations of its loops."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        main: Expr,
+        factors: Sequence[Sequence[Access]],
+        order: Sequence[str],
+        lane: str | None,
+        lanes: int,
+        kept: Mapping[str, int] | None = None,
+    ):
+        self.extents = {n: loop.extent for n, loop in kernel.loops.items()}
+        inside = {n: (kept or {}).get(n, self.extents[n]) for n in main.attributes["loops"]}
+        self.lane_is_reduced = inside.pop(lane, 0) > 0
+        self.steps = math.prod(inside.values())
+        self.parts = bool(kept)
+        self.lanes = lanes
+        self.registers = 32 if lanes in (4, 16) else 16
+        self.inner_first = [n for n in reversed(order) if n != lane]
+        reach = {**inside, lane: lanes} if lane else inside
+        self.factors = [[_Read(a, reach, lane, lanes) for a in accesses] for accesses in factors]
+        self.reads = [read for reads in self.factors for read in reads]
+
+    def __call__(self, tile: Tile) -> float:
+        accumulators = math.prod(c for _, c in tile)
+        issue = self.steps * self._step(tile, accumulators)
+        memory = self._memory(dict(tile))
+        # Each multiply-add chain starts and ends once a tile; stores to distant lines cost a bit
+        # more. Parts are added to what earlier parts left in memory.
+        outside = 15.0 + 1.5 * accumulators
+        if self.lane_is_reduced:
+            outside += 4.0 * accumulators
+        if self.parts:
+            outside += 2.0 * accumulators + 8.0 * self.lanes * accumulators / _L2_BYTES_PER_CYCLE
+        cycles = max(issue, memory) + 0.15 * min(issue, memory) + outside
+        waste = math.prod(-(-self.extents[n] // c) * c / self.extents[n] for n, c in tile)
+        return cycles / (accumulators * self.steps) * waste
+
+    def _step(self, tile: Tile, accumulators: int) -> float:
+        """Cycles of one multiply-add for each accumulator."""
+        values = []
+        loads = pointers = 0.0
+        for reads in self.factors:
+            used = math.prod(c for n, c in tile if any(n in read.strides for read in reads))
+            values.append(used)
+            for read in reads:
+                loads += used * read.width
+                # Addresses that x86 cannot form from a base and one stride are pointers.
+                far = math.prod(c for n, c in tile if n in read.far)
+                pointers += max(0, far - 5) + 0.01 * far
+        # Operands that are used once may be memory operands; the smaller side stays in registers.
+        need = accumulators + min(values) + (1 if max(values) > 1 else 0)
+        spilled = max(0, need - self.registers)
+        # A spilled sum is stored and loaded once a step. Two loads a cycle is what the manual says;
+        # cache banks meet now and then.
+        latency = 12.0 if spilled else 4.0
+        return max(accumulators / 2, 0.55 * loads, latency) + 0.5 + 2.0 * spilled + 0.25 * pointers
+
+    def _memory(self, counts: dict[str, int]) -> float:
+        """Cycles in which the next cache delivers what a tile does not find in the first one.
+
+        The inner loops whose operands fit the first cache together read them once."""
+        bytes_ = self._bytes(counts)
+        if bytes_ > _L2_BYTES:
+            return bytes_ / _L3_BYTES_PER_CYCLE
+        if bytes_ > _L1_BYTES:
+            return bytes_ / _L2_BYTES_PER_CYCLE
+        tiles = 1
+        for n in self.inner_first:
+            count, extent = counts.get(n, 1), self.extents[n]
+            if count >= extent:
+                continue
+            whole = self._bytes({**counts, n: extent})
+            if whole > _L1_BYTES:
+                bytes_ = self._bytes({**counts, n: 2 * count}) - bytes_
+                break
+            tiles *= -(-extent // count)
+            counts, bytes_ = {**counts, n: extent}, whole
+        return bytes_ / tiles / _L2_BYTES_PER_CYCLE
+
+    def _bytes(self, counts: Mapping[str, int]) -> float:
+        return sum(read.bytes(counts) for read in self.reads)
+
+
+class _Read:
+    """An access behind a factor of the product, as the cost of a tile looks at it."""
+
+    def __init__(
+        self, access: Access, reach: Mapping[str | None, int], lane: str | None, lanes: int
+    ):
+        self.strides = {n: abs(stride) for n, stride in access.strides if stride}
+        step = self.strides.get(lane, 0) if lane else 0
+        self.width = 1 if step in (0, 1) else lanes  # loads of one element of the tile
+        near = (1, lanes, 2 * lanes)
+        self.far = frozenset(n for n, stride in self.strides.items() if stride not in near)
+        self.outer = [n for n in self.strides if n not in reach]
+        self.reach: dict[int, int] = {}
+        for n, stride in self.strides.items():
+            if n in reach:
+                self.reach[stride] = self.reach.get(stride, 1) + reach[n] - 1
+        self.known: dict[tuple[int, ...], float] = {}
+
+    def bytes(self, counts: Mapping[str, int]) -> float:
+        """Bytes in the cache lines that one tile touches."""
+        key = tuple(counts.get(n, 1) for n in self.outer)
+        if key not in self.known:
+            self.known[key] = self._touched(key)
+        return self.known[key]
+
+    def _touched(self, counts: tuple[int, ...]) -> float:
+        reach = dict(self.reach)
+        for n, count in zip(self.outer, counts, strict=True):
+            stride = self.strides[n]
+            reach[stride] = reach.get(stride, 1) + count - 1
+        # (step, length): loops that step over one another, as windows do, overlap.
+        runs: list[tuple[int, int]] = []
+        for stride, extent in sorted(reach.items()):
+            step, length = runs[-1] if runs else (stride, 1)
+            if stride % step == 0 and stride <= step * length:
+                runs[-1:] = [(step, length + (extent - 1) * (stride // step))]
+            else:
+                runs.append((stride, extent))
+        size = 4.0
+        for step, length in runs:
+            size = length * max(size, min(4.0 * step, _LINE_BYTES))
+        return max(size, _LINE_BYTES)
