@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import networkx as nx
+
 from graphc.codegen.program import Launch, lower_graph, plan_launches, rank_launches
 from graphc.codegen.schedule import multiply_adds
 from graphc.codegen.simd_host import host_lanes
@@ -103,12 +105,12 @@ class Tuner:
         ranked = sorted((a for a in costs if costs[a] <= hopeless), key=costs.__getitem__)
         candidates = list(dict.fromkeys([predicted, *ranked]))[:ALGORITHMS]
         types = [str(v.type) for v in node.inputs]
-        facts = [node.op, repr(sorted(node.attrs.items())), types, mode, self._training]
-        key = self._key(*facts, sorted(candidates), _compiler_digest())
+        facts = [node.op, repr(sorted(node.attrs.items())), types, _learned(node.inputs[0])]
+        facts += [mode, self._training, sorted(candidates), _compiler_digest()]
+        key = self._key(*facts)
 
         def build() -> list[Run]:
-            programs = [self._program(node, algorithm, mode) for algorithm in candidates]
-            return [functools.partial(_layer_seconds, program._every) for program in programs]
+            return [_LayerRun(self._program(node, algorithm, mode)) for algorithm in candidates]
 
         return self._choose(key, f"{node.name} algorithm", candidates, build)
 
@@ -135,7 +137,7 @@ class Tuner:
         if self._training and mode == "batch":
             cotangent = g.input("cotangent", y.shape, y.dtype)
             g.output(loss=sum_of(y * cotangent))
-            gradients = [v.name for v in operands]
+            gradients = [v.name for v in operands[0 if _learned(node.inputs[0]) else 1 :]]
         joint, _ = compiler.transform(
             g,
             ["y"],
@@ -251,27 +253,41 @@ def _kernel_runs(ways: Sequence[Launch], threads: int) -> list[Run]:
     memory = _Memory(ways[0].node)
     loaded = load_kernels([KernelSource("kernel", way.call.source) for way in ways])
     team = get_team(threads)
-    tables = [
-        LaunchTable([row], memory.address, memory.range, team)
+    return [
+        _KernelRun(LaunchTable([row], memory.address, memory.range, team), memory)
         for row in zip(ways, loaded.addresses, strict=True)
     ]
-    return [functools.partial(_kernel_seconds, table) for table in tables]
 
 
-def _kernel_seconds(table: LaunchTable) -> float:
-    stamps = table.run_timed()
-    return float(stamps[..., 1].max() - stamps[..., 0].min()) / load_driver().ticks_per_second()
+@dataclass
+class _KernelRun:
+    """A kernel, with the memory that the table has addresses of."""
+
+    table: LaunchTable
+    memory: _Memory
+
+    def __call__(self) -> float:
+        stamps = self.table.run_timed()
+        return float(stamps[..., 1].max() - stamps[..., 0].min()) / load_driver().ticks_per_second()
 
 
-def _layer_seconds(table: LaunchTable) -> float:
-    """From call to return, as launches and barriers count, but without the conversions of what is
-    the layer's neighbours' in a network."""
-    begin = time.perf_counter()
-    stamps = table.run_timed()
-    seconds = time.perf_counter() - begin
-    around = [la.node.attrs["kind"] == "convert_layout" for la in table.launches]
-    ticks = (stamps[..., 1] - stamps[..., 0]).max(axis=0)[around].sum()
-    return seconds - float(ticks) / load_driver().ticks_per_second()
+@dataclass
+class _LayerRun:
+    """The program of a layer.
+
+    Its time is that from call to return, as launches and barriers count, but without the
+    conversions of what is its neighbours' in a network."""
+
+    program: CpuExecutable
+
+    def __call__(self) -> float:
+        table = self.program._every
+        begin = time.perf_counter()
+        stamps = table.run_timed()
+        seconds = time.perf_counter() - begin
+        around = [la.node.attrs["kind"] == "convert_layout" for la in table.launches]
+        ticks = (stamps[..., 1] - stamps[..., 0]).max(axis=0)[around].sum()
+        return seconds - float(ticks) / load_driver().ticks_per_second()
 
 
 class _Memory:
@@ -294,6 +310,13 @@ class _Memory:
     def range(self, value: Value) -> tuple[int, int]:
         first = self.address(value)
         return first, first + _all_copies(root(value))
+
+
+def _learned(images: Value) -> bool:
+    """Whether images depend on parameters, so that training needs their gradient."""
+    graph = images.node.graph
+    before = nx.ancestors(graph.nx, images.node.name)
+    return any(graph.node(name).op == "parameter" for name in before)
 
 
 def _all_copies(value: Value) -> int:

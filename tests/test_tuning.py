@@ -85,6 +85,8 @@ def test_training_measures_gradients_too(folder, images, channels, choices):
     exe = compiled(images, channels, loss="loss", gradients=["x", "conv.weight"], tune=True)
     measured = [name for name in exe.tuning.measured if name.endswith("algorithm")]
     assert len(measured) == choices
+    x = np.random.default_rng(0).standard_normal((images, channels, 9, 9)).astype(np.float32)
+    assert np.isfinite(exe(x=x)["y"]).all()
     exe.replay(lambda record, graph: None)  # as `dump` does: nothing is measured again
     assert measured == [name for name in exe.tuning.measured if name.endswith("algorithm")]
 

@@ -143,7 +143,7 @@ def row_flags(launches: Sequence[Launch], memory: Callable[[Value], Range]) -> l
     reads: list[Range] = []
     writes: list[Range] = []
     for number, unit in enumerate(units):
-        if unit[1] - unit[0] > 1:
+        if launches[unit[0]].blocks:
             flags[unit[0]] |= (unit[1] - unit[0]) << GROUP_SHIFT
         rows = launches[unit[0] : unit[1]]
         new_reads = [memory(v) for launch in rows for v in launch.node.inputs]
