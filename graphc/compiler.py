@@ -253,7 +253,7 @@ def default_pipeline(layout: str | None = None, target: str = "cpu") -> Pipeline
 
     Edit it as data and pass `pipeline=`."""
     if target != "cpu":  # values are rows: threads read neighbours, not vectors
-        return Pipeline((ExplicitPadding(), Fuse()))
+        return Pipeline((ExplicitPadding(rows=True), Fuse()))
     from graphc.codegen import target as cpu_target
 
     return Pipeline(

@@ -22,8 +22,11 @@ class ExplicitPadding(Pass):
     and `conv2d_input_grad` reads a cotangent that is padded along the width (along the height the
     range of the taps is cut, which saves their work) and gives an image of whole strides, so that
     all phases of the stride have equal sizes. Every reader of a padded value reads the padded one,
-    so that it is stored once.
+    so that it is stored once. With `rows`, that cotangent is padded along the height too: for
+    targets that share rows between threads, which check bounds where a CPU cuts a loop.
     """
+
+    rows: bool = False
 
     def run(self, graph: Graph) -> Graph:
         wide: dict[tuple[Value, tuple], Value] = {}
@@ -43,7 +46,7 @@ class ExplicitPadding(Pass):
                 x = padded(inputs[0], node.attrs["padding"])
                 return new.add(node.op, (x, inputs[1]), attrs, name=node.name).outputs
             if node.op == "conv2d_input_grad":
-                return _input_grad(new, node, inputs, padded)
+                return _input_grad(new, node, inputs, padded, self.rows)
             return None
 
         return graph.rebuild(visit)
@@ -54,22 +57,27 @@ def _input_grad(
     node: Node,
     inputs: tuple[Value, ...],
     padded: Callable[[Value, tuple], Value],
+    pad_rows: bool,
 ) -> tuple[Value, ...] | None:
-    """`conv2d_input_grad` of whole strides, its cotangent padded along the width as far as windows
-    reach."""
+    """`conv2d_input_grad` of whole strides, its cotangent padded along the width, and the height if
+    `pad_rows`, as far as windows reach."""
     g, weight = inputs
     shape, stride = node.attrs["input_shape"], node.attrs["stride"]
     whole = (*shape[:2], *(-(-d // s) * s for d, s in zip(shape[2:], stride, strict=True)))
     rows, columns = window_axes(whole[2:], g.sizes[2:], weight.sizes[2:], node.attrs)
-    first, last = columns.reach()
-    outputs = columns.size // columns.stride + last
-    above, high = _windows(rows, 0, rows.output)
-    beside, wide = _windows(columns, max(0, -first), outputs)
+    above, high = _all_windows(rows) if pad_rows else _windows(rows, 0, rows.output)
+    beside, wide = _all_windows(columns)
     if whole == shape and not any(above + beside):
         return None
     attrs = {**node.attrs, "input_shape": whole, "padding": (high, wide)}
     out = new.add(node.op, (padded(g, (above, beside)), weight), attrs, name=node.name)[0]
     return (out if whole == shape else out[:, :, : shape[2], : shape[3]],)
+
+
+def _all_windows(axis: WindowAxis) -> tuple[Pair, Pair]:
+    """`_windows` of an axis with every window that meets some position."""
+    first, last = axis.reach()
+    return _windows(axis, max(0, -first), axis.size // axis.stride + last)
 
 
 def _windows(axis: WindowAxis, before: int, outputs: int) -> tuple[Pair, Pair]:

@@ -31,8 +31,9 @@ GEOMETRIES = [
 ]
 
 
+@pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("size, kernel", [((7, 9), (3, 3)), ((8, 12), (2, 1)), ((5, 5), (1, 2))])
-def test_padding_is_explicit_and_changes_nothing(size, kernel):
+def test_padding_is_explicit_and_changes_nothing(size, kernel, rows):
     rng = np.random.default_rng(5)
     for geometry in GEOMETRIES:
         g = Graph()
@@ -42,7 +43,7 @@ def test_padding_is_explicit_and_changes_nothing(size, kernel):
         c = g.input("c", y.sizes, dtype="float64")
         g.output(y=y, dx=conv2d_input_grad(c, w, input_shape=x.sizes, **geometry))
         feeds = {name: rng.standard_normal(node.types[0].sizes) for name, node in g.inputs.items()}
-        padded = ExplicitPadding().run(g)
+        padded = ExplicitPadding(rows).run(g)
         expected, got = interpret(g, feeds).outputs, interpret(padded, feeds).outputs
         for name in expected:
             np.testing.assert_allclose(got[name], expected[name], rtol=1e-12, atol=1e-12)

@@ -32,7 +32,7 @@ _MOST_BLOCKS = 1 << 15  # beyond them, each thread computes several points
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """How points of the outer loops are given to threads: `group` of them share one point; alone,
     one computes `vector` neighbours at a time."""
 
@@ -45,7 +45,7 @@ def render(kernel: Kernel, precision: str) -> Rendering:
     collapse(kernel, bounded(kernel))
     plan = _choose(kernel)
     points = kernel.trips(kernel.outer)
-    emitter = _CudaEmitter(kernel, plan)
+    emitter = CudaEmitter(kernel, plan)
     source = emitter.render()
     if plan.group > WARP:
         grid, block = points, plan.group
@@ -65,17 +65,17 @@ def render(kernel: Kernel, precision: str) -> Rendering:
 # ---- who computes what
 
 
-def _choose(kernel: Kernel) -> _Plan:
+def _choose(kernel: Kernel) -> Plan:
     shared = _shared_loops(kernel)
     points = kernel.trips(kernel.outer)
     length = max((kernel.trips(loops) for loops in shared), default=0)
     if length < WARP or any(_is_argmax(e) for e in kernel.expressions()):
-        return _Plan(1, _vector(kernel))
+        return Plan(1, _vector(kernel))
     if points >= _MANY and not _reads_along(kernel, [loops[-1] for loops in shared]):
-        return _Plan(1)
+        return Plan(1)
     if points * length < WARP * BLOCK or (points >= BLOCK and length < WIDE_BLOCK):
-        return _Plan(WARP)
-    return _Plan(WIDE_BLOCK if points < BLOCK and length >= 8 * WIDE_BLOCK else BLOCK)
+        return Plan(WARP)
+    return Plan(WIDE_BLOCK if points < BLOCK and length >= 8 * WIDE_BLOCK else BLOCK)
 
 
 def _shared_loops(kernel: Kernel) -> list[tuple[str, ...]]:
@@ -129,10 +129,10 @@ def _vector(kernel: Kernel) -> int:
 # ---- the function
 
 
-class _CudaEmitter(ReductionEmitter):
+class CudaEmitter(ReductionEmitter):
     """Writes the kernel function; expressions and reductions of one thread are the CPU's."""
 
-    def __init__(self, kernel: Kernel, plan: _Plan):
+    def __init__(self, kernel: Kernel, plan: Plan):
         super().__init__(kernel, Schedule(None, (), kernel.outer, 0), 1)
         self.plan = plan
         self.uniform: tuple[Scope, ...] = ()  # scopes that all threads of a group run together

@@ -6,13 +6,13 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from graphc import errors
-from graphc.codegen import cuda_generic, program
+from graphc.codegen import cuda_contraction, cuda_generic, program
 from graphc.codegen.cuda import Renderer, Rendering
 from graphc.codegen.kernel import Kernel
 from graphc.ir import Graph, Node
 
 # The first that has an answer renders a kernel.
-RENDERERS: tuple[Renderer, ...] = (cuda_generic.render,)
+RENDERERS: tuple[Renderer, ...] = (cuda_contraction.render, cuda_generic.render)
 # Indices are int32, and a grid further on they must not have wrapped around.
 MOST_ELEMENTS = 2**31 - 2**26
 

@@ -20,7 +20,7 @@ from graphc.runtime.build import Progress
 from graphc.runtime.cuda_device import Device, DeviceCall, Loaded, Operation, Program
 from graphc.runtime.linker import KernelSource, fetch_kernels
 
-OLDEST = (7, 5)  # the first compute capability that version 13 of the compiler knows
+OLDEST = (8, 0)  # the first compute capability with asynchronous copies to shared memory
 _INSTEAD = "use target='cpu', or target='cuda-emulated' to run its kernels on the CPU"
 _STATIC_SHARED = 48 * 1024  # bytes of shared memory that a kernel has without asking
 

@@ -235,7 +235,7 @@ def _declared_once(text: str) -> str:
 
 def _refuse_unknown(text: str) -> None:
     known = set(re.findall(r'@"?(emu\.[\w.]+)"?', _BUILTINS))
-    called = set(re.findall(r'@"?(emu\.(?!asm)[\w.]+)"?', text))
+    called = set(re.findall(r'@"?(emu\.(?!asm|shared)[\w.]+)"?', text))
     if missing := sorted(called - known):
         names = ", ".join(name.replace("emu.", "llvm.nvvm.", 1) for name in missing)
         raise errors.CompileError(f"target='cuda-emulated' does not know {names}")
@@ -269,7 +269,12 @@ _THREAD_ASSEMBLY = (
         "  %up = shl i32 %hw, 16\n  %d = or i32 %up, %lw\n  ret i32 %d\n",
     ),
     # Copies are done at once: a missing wait is not found, a missing barrier is.
-    (r"cp\.async\.c[ag]\.shared\.global.* (?P<bytes>16|8|4);", None),
+    # A third operand is how many bytes are read: all, or none and zeros are written.
+    (
+        r"cp\.async\.c[ag]\.shared\.global \[\$0(?:\+(?P<to>\d+))?\], "
+        r"\[\$1(?:\+(?P<from>\d+))?\], (?P<bytes>16|8|4)(, \$2)?;",
+        None,
+    ),
     (r"cp\.async\.(commit_group|wait_group|wait_all)", "  ret void\n"),
 )
 _CALL = re.compile(
@@ -317,7 +322,8 @@ def _assembly(name: str, text: str, result: str, kinds: tuple[str, ...]) -> str:
         if found := re.search(pattern, text):
             parameters = ", ".join(f"{kind} %a{k}" for k, kind in enumerate(kinds))
             if body is None:
-                body = _copy(kinds, int(found["bytes"]))
+                offsets = int(found["to"] or 0), int(found["from"] or 0)
+                body = _copy(kinds, offsets, int(found["bytes"]))
             head = f'define internal {result} @"{name}"({parameters}) alwaysinline {{\n'
             return f"{head}{body}}}\n"
     raise errors.CompileError(f"target='cuda-emulated' does not know the instruction {text!r}")
@@ -342,8 +348,9 @@ def _generic(k: int) -> str:
     )
 
 
-def _copy(kinds: tuple[str, ...], count: int) -> str:
-    """The body of an asynchronous copy from the second operand's address to the first's."""
+def _copy(kinds: tuple[str, ...], offsets: tuple[int, int], count: int) -> str:
+    """The body of an asynchronous copy from the second operand's address to the first's, each with
+    an offset in bytes."""
     lines, places = "", []
     for k, kind in enumerate(kinds[:2]):
         if kind == "i32":
@@ -352,8 +359,14 @@ def _copy(kinds: tuple[str, ...], count: int) -> str:
             lines += f"  %m{k} = inttoptr i64 %a{k} to ptr\n"
         else:
             lines += f"  %m{k} = addrspacecast {kind} %a{k} to ptr\n"
-        places.append(f"%m{k}")
+        lines += f"  %n{k} = getelementptr i8, ptr %m{k}, i64 {offsets[k]}\n"
+        places.append(f"%n{k}")
     word = f"i{8 * count}"
+    if len(kinds) > 2:
+        zeros = f"%zeros = alloca {word}"
+        lines = f"  {zeros}\n  store {word} 0, ptr %zeros\n{lines}  %all = icmp ne i32 %a2, 0\n"
+        lines += f"  %from = select i1 %all, ptr {places[1]}, ptr %zeros\n"
+        places[1] = "%from"
     return (
         f"{lines}  %x = load {word}, ptr {places[1]}, align 4\n"
         f"  store {word} %x, ptr {places[0]}, align 4\n  ret void\n"

@@ -1,0 +1,291 @@
+"""Render contractions as tiled CUDA kernels: matrix products, convolutions and their gradients.
+
+Blocks of threads compute tiles of the implicit matrix product of `graphc.codegen.contraction`.
+Operands go through shared memory in tiles of `depth` terms of the sum, in two stages: while one
+tile is multiplied, the next is being copied. Each thread holds a part of the
+sums in registers (Volkov & Demmel 2008, "Benchmarking GPUs to tune dense linear algebra"). In the
+end the sums pass through shared memory once more, so that neighbouring threads finish neighbouring
+elements; there the epilogue is computed. Where tiles are too few to occupy a device, the sum is
+split between blocks: partial sums go to the workspace, and a second kernel adds them in order.
+
+Sizes and strides of the operands are written into the source: what is known costs no registers, and
+division by it is a multiplication. The number of steps is an argument.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from graphc.codegen import cuda_generic
+from graphc.codegen.contraction import Contraction, find_contraction
+from graphc.codegen.cuda import CudaLaunch, Rendering
+from graphc.codegen.cuda_generic import CudaEmitter, Plan
+from graphc.codegen.cuda_indices import Flat, Run
+from graphc.codegen.cuda_operands import Operand
+from graphc.codegen.cuda_tiles import Tile, choose_tile
+from graphc.codegen.emit import Scope, Var
+from graphc.codegen.kernel import Access, Buffer, Kernel, Loop, Store
+from graphc.expr import Expr
+
+# Partial sums come after the kernel's own buffers.
+WORKSPACE = "workspace"
+
+
+def render(kernel: Kernel, precision: str) -> Rendering | None:
+    """The tiled kernels of a contraction; None for other kernels and where tiles would not pay."""
+    contraction = find_contraction(kernel)
+    if contraction is None or not _plain(contraction):
+        return None
+    c = contraction
+    splittable = not any(loop.ragged for loop in c.kernel.loops.values())
+    checked = bool(c.left.bounds or c.right.bounds)
+    rows, columns, inner, batch = map(c.extent, (c.rows, c.columns, c.inner, c.batch))
+    choice = choose_tile(rows, columns, inner, batch, splittable, checked)
+    return None if choice is None else render_tiled(c, *choice)
+
+
+def _plain(c: Contraction) -> bool:
+    """Whether both factors are elements in memory, not expressions of them."""
+    return all(f.expr.op == "load" and f.expr.dtype == "float32" for f in (c.left, c.right))
+
+
+def render_tiled(c: Contraction, tile: Tile, splits: int) -> Rendering:
+    """A contraction in the given tiles, its sum in `splits` parts."""
+    emitter = _TiledEmitter(c, tile, splits)
+    source = emitter.render()
+    launch = CudaLaunch(
+        source,
+        emitter.used,
+        tuple(value for _, value in emitter.numbers.values()),
+        (emitter.tiles * emitter.batch.extent * splits, 1, 1),
+        (tile.threads, 1, 1),
+        resident=tile.resident,
+    )
+    if splits == 1:
+        return Rendering((launch,))
+    sums = emitter.rows.extent * emitter.columns.extent * emitter.batch.extent
+    finish = cuda_generic.render(_added(c, splits), "float32")
+    return Rendering((launch, *finish.launches), 4 * sums * splits)
+
+
+def _added(c: Contraction, splits: int) -> Kernel:
+    """The kernel that adds `splits` partial sums of each element, and computes the epilogue."""
+    loops = [n for group in (c.batch, c.rows, c.columns) for n in group]
+    strides: dict[str, int] = {}
+    below = 1
+    for name in reversed(loops):
+        strides[name] = below
+        below *= c.kernel.loops[name].extent
+    strides["split"] = below
+    access = Access(len(c.kernel.buffers), 0, tuple(strides.items()))
+    partial = Expr("load", (), "float32", {"access": access})
+    added = Expr("reduce", (partial,), "float32", {"combine": "sum", "loops": ("split",)})
+    done: dict[int, Expr] = {id(c.reduction): added}
+
+    def rewrite(expr: Expr) -> Expr:
+        if id(expr) not in done:
+            args = tuple(rewrite(arg) for arg in expr.args)
+            done[id(expr)] = Expr(expr.op, args, expr.dtype, expr.attributes)
+        return done[id(expr)]
+
+    kernel = c.kernel
+    return replace(
+        kernel,
+        loops={
+            **{n: loop for n, loop in kernel.loops.items() if n in kernel.outer},
+            "split": Loop("split", splits),
+        },
+        buffers=(*kernel.buffers, Buffer(WORKSPACE, "float32", False)),
+        stores=tuple(Store(s.access, rewrite(s.expr), ()) for s in kernel.stores),
+        _free={},
+    )
+
+
+class _TiledEmitter(CudaEmitter):
+    """Writes the function of one tiled kernel; the epilogue is written as any kernel's."""
+
+    def __init__(self, c: Contraction, tile: Tile, splits: int):
+        super().__init__(c.kernel, Plan(1))
+        self.c, self.tiled, self.splits = c, tile, splits
+        self.rows, self.columns = Flat(c.kernel, c.rows), Flat(c.kernel, c.columns)
+        self.batch = Flat(c.kernel, c.batch)
+        pitches = tile.rows + 4, tile.columns + 4
+        places = 0, tile.depth * pitches[0]
+        self.stage = tile.depth * sum(pitches)
+        self.left, self.right = (
+            Operand(name, factor, c, lines, extent, tile.depth, tile.threads, base, pitch)
+            for name, factor, lines, extent, base, pitch in zip(
+                ("left", "right"),
+                (c.left, c.right),
+                (self.rows, self.columns),
+                (tile.rows, tile.columns),
+                places,
+                pitches,
+                strict=True,
+            )
+        )
+        inner = c.extent(c.inner)
+        self.steps = -(-inner // (tile.depth * splits))
+        self.partial = self.steps * splits * tile.depth != inner
+        self.lines: list[str] = []
+
+    @property
+    def tiles(self) -> int:
+        across = -(-self.columns.extent // self.tiled.columns)
+        return -(-self.rows.extent // self.tiled.rows) * across
+
+    @property
+    def used(self) -> tuple[int, ...]:
+        """Numbers of the buffers that the function takes."""
+        return tuple(sorted(self.pointers))
+
+    def render(self) -> str:
+        for operand in (self.left, self.right):
+            self.pointer(operand.access)
+        self._begin()
+        self._multiply_all()
+        for group in range(self.tiled.groups):
+            self._finish(group)
+        return self._module()
+
+    def _module(self) -> str:
+        names = [*(b.name for b in self.kernel.buffers), WORKSPACE]
+        parameters = [names[number] for number in self.used]
+        parameters += [name for name, _ in self.numbers.values()]
+        tile = self.tiled
+        factories = [f"{name} = {call}" for call, name in self.factories.items()]
+        shape = f"{tile.rows}, {tile.columns}, {tile.depth}, {tile.part}"
+        return "\n".join(
+            [
+                "from graphc.codegen import cuda_tile_words as w",
+                "from graphc.codegen import cuda_vocabulary as v",
+                "from graphc.codegen.numba_cuda import cuda, types",
+                "",
+                "U, I, float32 = types.uint32, types.int32, types.float32",
+                f"multiply = w.multiply_tiles({shape})",
+                f"copy_left = w.{self.left.word(self.partial)}",
+                f"copy_right = w.{self.right.word(self.partial)}",
+                "copied, put4, write = w.copied, w.put4, w.write",
+                *factories,
+                "",
+                "",
+                f"def kernel({', '.join(parameters)}):",
+                *self.lines,
+                "",
+            ]
+        )
+
+    def _add(self, depth: int, *lines: str) -> None:
+        self.lines += ["    " * depth + line for line in lines]
+
+    def _begin(self) -> None:
+        """Memory, the block's tile, and what is known before the first term."""
+        tile, columns = self.tiled, -(-self.columns.extent // self.tiled.columns)
+        rows = self.tiles // columns
+        drained = tile.rows // tile.groups * (tile.columns + 4)
+        self._add(
+            1,
+            f"tile = cuda.shared.array({max(2 * self.stage, drained)}, float32, alignment=16)",
+            f"sums = cuda.local.array({tile.part**2}, float32)",
+            "t = U(cuda.threadIdx.x)",
+            "block = U(cuda.blockIdx.x)",
+            f"right_first = U(block % U({columns}) * U({tile.columns}))",
+            f"left_first = U(block // U({columns}) % U({rows}) * U({tile.rows}))",
+            f"item = U(block // U({self.tiles}))",
+            "term = U(0)",
+        )
+        if self.splits > 1:
+            self._add(
+                1,
+                f"split = U(item % U({self.splits}))",
+                f"item = U(item // U({self.splits}))",
+                f"term = U(split * U({self.steps * tile.depth}))",
+            )
+        more = self.number(("more",), "more", (self.steps - 1) * tile.depth)
+        self._add(1, f"last = U(term + U({more}))", *self.left.setup(), *self.right.setup())
+        self._add(
+            1,
+            f"row_part = U(t // U({tile.across}) * U(4))",
+            f"column_part = U(t % U({tile.across}) * U(4))",
+            f"for i in range({tile.part**2}):",
+            "    sums[i] = float32(0)",
+        )
+
+    def _multiply_all(self) -> None:
+        """The loop over the terms: the next tile is copied while one is multiplied."""
+        copy = [*self.left.copy(self.partial), *self.right.copy(self.partial)]
+        swap = f"stage = U(U({self.stage}) - stage)"
+        multiply = (
+            "multiply(sums, tile, U(other + row_part), "
+            f"U(other + column_part + U({self.right.base})))"
+        )
+        self._add(1, "stage = U(0)", *copy, "while term < last:")
+        self._add(
+            2,
+            "copied()",
+            "cuda.syncthreads()",
+            f"term = U(term + U({self.tiled.depth}))",
+            "other = stage",
+            swap,
+            *copy,
+            multiply,
+        )
+        self._add(1, "copied()", "cuda.syncthreads()", "other = stage", multiply)
+
+    def _finish(self, group: int) -> None:
+        """Store the elements of one group of rows of every thread, by way of shared memory."""
+        tile = self.tiled
+        pitch, height = tile.columns + 4, tile.rows // tile.groups
+        self._add(1, "cuda.syncthreads()")
+        for row in range(4):
+            for column in range(tile.groups):
+                first = (group * 4 + row) * tile.part + 4 * column
+                quad = ", ".join(f"sums[{first + i}]" for i in range(4))
+                distance = row * pitch + column * (tile.columns // tile.groups)
+                place = f"U(row_part * U({pitch}) + column_part + U({distance}))"
+                self._add(1, f"put4(tile, {place}, ({quad}))")
+        start, last = f"left_first + U({group * height})", f"U({self.rows.extent})"
+        self._add(
+            1,
+            "cuda.syncthreads()",
+            f"column = U(right_first + t % U({tile.columns}))",
+            f"row = U({start} + t // U({tile.columns}))",
+            f"at = U(t // U({tile.columns}) * U({pitch}) + t % U({tile.columns}))",
+            f"end = min(U({start} + U({height})), {last}) if column < U({self.columns.extent}) "
+            "else U(0)",
+            "while row < end:",
+        )
+        self._add(2, "element = tile[at]")
+        if self.splits > 1:
+            self._store_partial()
+        else:
+            self._store_results()
+        step = tile.threads // tile.columns
+        self._add(2, f"row = U(row + U({step}))", f"at = U(at + U({step * pitch}))")
+
+    def _store_partial(self) -> None:
+        rows, columns = self.rows.extent, self.columns.extent
+        self.pointers[len(self.kernel.buffers)] = WORKSPACE
+        line = f"split * U({self.batch.extent}) + item" if self.batch.extent > 1 else "split"
+        place = f"U(((({line}) * U({rows}) + row) * U({columns})) + column)"
+        self._add(2, f"write({WORKSPACE}, {place}, element)")
+
+    def _store_results(self) -> None:
+        """The epilogue for element (item, row, column)."""
+        scope = Scope(None, frozenset(self.kernel.outer), 2)
+        scope.values[id(self.c.reduction), "", False] = Var("element", ())
+        for flat, index in ((self.batch, "item"), (self.rows, "row"), (self.columns, "column")):
+            for place, loop in enumerate(flat.loops):
+                scope.add(f"{loop} = I({flat.digit(index, Run(place, place + 1, 1))})")
+        for loop in self.kernel.outer:
+            if self.kernel.loops[loop].extent == 1:
+                scope.add(f"{loop} = I(0)")
+        ragged = [loop for loop in self.kernel.loops.values() if loop.ragged]
+        if ragged:
+            inside = " and ".join(f"{l.block} * {l.extent} + {l.name} < {l.total}" for l in ragged)
+            scope.add(f"if {inside}:")
+            scope.depth += 1
+        values = [self.emit(s.expr, scope) for s in self.kernel.stores]
+        for store, value in zip(self.kernel.stores, values, strict=True):
+            self.store(store.access, value, scope)
+        self.lines += scope.lines

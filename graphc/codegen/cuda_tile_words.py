@@ -1,0 +1,180 @@
+"""Words of generated CUDA kernels that work on tiles: 128-bit access and register tiles.
+
+Ordinary LLVM instructions alone: they run on the CPU as they are. Each word is one intrinsic where
+Python statements would do the same, because a statement costs Numba's front end a hundred times
+what an instruction costs it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from llvmlite import ir
+from numba.core import cgutils
+
+from graphc.codegen.numba_cuda import intrinsic, types
+from graphc.codegen.simd_operands import pointee
+
+_FLOAT = ir.FloatType()
+_FLOAT4 = ir.VectorType(_FLOAT, 4)
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
+_GLOBAL, _SHARED = 1, 3  # LLVM's address spaces
+_QUAD = types.UniTuple(types.float32, 4)
+
+
+def _number(value: int) -> ir.Constant:
+    return ir.Constant(_I32, value)
+
+
+def _wide(builder, index):
+    return builder.zext(index, _I64) if index.type.width < 64 else index
+
+
+def _shared_element(context, builder, array_type, array, index):
+    """Address of element `index` of a shared array, in shared memory's address space."""
+    data = context.make_array(array_type)(context, builder, array).data
+    place = builder.gep(data, [_wide(builder, index)])
+    return builder.addrspacecast(place, ir.PointerType(_FLOAT, addrspace=_SHARED))
+
+
+def _load4(builder, place):
+    place = builder.bitcast(place, ir.PointerType(_FLOAT4, addrspace=place.type.addrspace))
+    vector = builder.load(place, align=16)
+    return [builder.extract_element(vector, _number(i)) for i in range(4)]
+
+
+@intrinsic
+def write(typing_context, pointer, index, value):
+    """Store a float32 to element `index`, unsigned, of a pointer."""
+    pointee(pointer, "write")
+
+    def emit(context, builder, signature, values):
+        builder.store(values[2], builder.gep(values[0], [_wide(builder, values[1])]))
+        return context.get_dummy_value()
+
+    return types.void(pointer, index, types.float32), emit
+
+
+# ---- asynchronous copies from global to shared memory (PTX ISA, cp.async; compute capability 8.0)
+
+
+@cache
+def copy_lines(
+    width: int, slots: tuple[int, ...], starts: tuple[int, ...] | None, conditional: bool
+):
+    """f(tile, slot, pointer, start, inside): begin a copy of `width` elements (1 or 4) for each of
+    `slots`, to element `slot` + its number there of a shared array, from element `start` + its
+    number in `starts`. Without `starts`, `start` is a tuple, an element for each copy.
+
+    `inside`, an operand of conditional copies alone, is a bool for all or a tuple of one for each:
+    where it is false, zeros are written and nothing is read. With a width of 4, all numbers are
+    multiples of 4."""
+    nbytes = 4 * width
+    # Only copies of 16 bytes may pass by the first cache.
+    cached = "cg" if nbytes == 16 else "ca"
+
+    def begin(builder, to, slot, place, offset, inside):
+        operands = [to, place] if inside is None else [to, place, inside]
+        text = f"[$0+{4 * slot}], [$1+{4 * offset}], {nbytes}{', $2' if inside else ''};"
+        kind = ir.FunctionType(ir.VoidType(), [operand.type for operand in operands])
+        constraint = f"r,l{',r' if inside else ''},~{{memory}}"
+        text = f"cp.async.{cached}.shared.global {text}"
+        builder.call(ir.InlineAsm(kind, text, constraint, side_effect=True), operands)
+
+    def emit(context, builder, signature, values):
+        tile, slot, pointer, start = values[:4]
+        to = _shared_element(context, builder, signature.args[0], tile, slot)
+        to = builder.ptrtoint(to, _I32)
+
+        def address(index):
+            place = builder.gep(pointer, [_wide(builder, index)])
+            kind = ir.PointerType(_FLOAT, addrspace=_GLOBAL)
+            return builder.ptrtoint(builder.addrspacecast(place, kind), _I64)
+
+        def parts(value):
+            together = isinstance(value.type, (ir.IntType, ir.PointerType))
+            return [value] * len(slots) if together else cgutils.unpack_tuple(builder, value)
+
+        insides = [None] * len(slots)
+        if conditional:
+            read, none = _number(nbytes), _number(0)
+            insides = [builder.select(flag, read, none) for flag in parts(values[4])]
+        places = [address(start)] * len(slots) if starts else map(address, parts(start))
+        for items in zip(slots, places, starts or [0] * len(slots), insides, strict=True):
+            begin(builder, to, items[0], *items[1:])
+        return context.get_dummy_value()
+
+    def always(typing_context, tile, slot, pointer, start):
+        pointee(pointer, "copy_lines")
+        return types.void(tile, slot, pointer, start), emit
+
+    def sometimes(typing_context, tile, slot, pointer, start, inside):
+        pointee(pointer, "copy_lines")
+        return types.void(tile, slot, pointer, start, inside), emit
+
+    return intrinsic(sometimes if conditional else always)
+
+
+@intrinsic
+def copied(typing_context):
+    """Wait for all copies that this thread has begun."""
+
+    def emit(context, builder, signature, values):
+        kind = ir.FunctionType(ir.VoidType(), [])
+        text = "cp.async.wait_all;"
+        builder.call(ir.InlineAsm(kind, text, "~{memory}", side_effect=True), [])
+        return context.get_dummy_value()
+
+    return types.void(), emit
+
+
+# ---- tiles in shared memory
+
+
+@intrinsic
+def put4(typing_context, array, index, quad):
+    """Store to elements index .. index + 3 of a shared array; the index is a multiple of four."""
+
+    def emit(context, builder, signature, values):
+        place = _shared_element(context, builder, signature.args[0], *values[:2])
+        vector = ir.Constant(_FLOAT4, ir.Undefined)
+        for i, part in enumerate(cgutils.unpack_tuple(builder, values[2])):
+            vector = builder.insert_element(vector, part, _number(i))
+        kind = ir.PointerType(_FLOAT4, addrspace=_SHARED)
+        builder.store(vector, builder.bitcast(place, kind), align=16)
+        return context.get_dummy_value()
+
+    return types.void(array, index, _QUAD), emit
+
+
+@cache
+def multiply_tiles(rows: int, columns: int, depth: int, part: int):
+    """f(sums, tile, left, right): sums[i, j] += left[k, i] * right[k, j] for all k below `depth`.
+
+    `tile` is a shared array that holds a tile of `rows` and one of `columns` elements for each of
+    `depth` terms, a term every rows + 4 and columns + 4 elements. The thread's part of them begins
+    at `left` and `right`: groups of four neighbours. `sums` is a local array of part * part."""
+    groups = part // 4
+
+    def typing(typing_context, sums, tile, left, right):
+        def fragment(context, builder, tile_type, tile, first, extent, k):
+            place = _shared_element(context, builder, tile_type, tile, first)
+            steps = [k * (extent + 4) + group * (extent // groups) for group in range(groups)]
+            return [x for s in steps for x in _load4(builder, builder.gep(place, [_number(s)]))]
+
+        def emit(context, builder, signature, values):
+            sums_type, tile_type = signature.args[:2]
+            sums, tile, left, right = values
+            held = context.make_array(sums_type)(context, builder, sums).data
+            for k in range(depth):
+                a = fragment(context, builder, tile_type, tile, left, rows, k)
+                b = fragment(context, builder, tile_type, tile, right, columns, k)
+                for i, x in enumerate(a):
+                    for j, y in enumerate(b):
+                        place = builder.gep(held, [_number(i * part + j)])
+                        builder.store(builder.fma(x, y, builder.load(place)), place)
+            return context.get_dummy_value()
+
+        return types.void(sums, tile, left, right), emit
+
+    return intrinsic(typing)

@@ -1,0 +1,216 @@
+"""Tiled CUDA kernels of contractions, run thread by thread on the CPU, against NumPy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba.cuda.cudadrv", reason='needs numba-cuda: pip install ".[cuda]"')
+
+import graphc as gc
+from graphc.codegen import cuda_contraction, cuda_generic
+from graphc.codegen.contraction import find_contraction
+from graphc.codegen.cuda import Rendering
+from graphc.codegen.cuda_tiles import TILES, Tile, choose_tile
+from graphc.codegen.kernel import Kernel
+from graphc.codegen.program import lower_node
+from graphc.interpreter import interpret
+from graphc.ir import Graph, Node
+from graphc.runtime.cuda_device import DeviceCall
+from graphc.runtime.cuda_emulated import EmulatedDevice
+from graphc.runtime.emulate import ORDERS
+from passes.explicit_padding import ExplicitPadding
+from passes.fuse import Fuse
+
+
+def regions(graph: Graph) -> list[Node]:
+    """The fused regions of a graph, as they are lowered for CUDA."""
+    return [n for n in Fuse().run(ExplicitPadding(rows=True).run(graph)) if n.op == "fused"]
+
+
+class Emulated:
+    """One kernel with memory of its own on the emulated device."""
+
+    def __init__(self, node: Node, kernel: Kernel, rendering: Rendering):
+        self.node = node
+        self.device = EmulatedDevice()
+        values = [*node.inputs, *node.outputs]
+        self.addresses = [self.device.allocate(v.type.nbytes) for v in values]
+        self.addresses.append(self.device.allocate(max(64, rendering.workspace)))
+        self.workspace = rendering.workspace
+        dtypes = [*(b.dtype for b in kernel.buffers), "float32"]
+        rows = [
+            (f"{node.name}_{i}", launch, tuple(dtypes[b] for b in launch.buffers))
+            for i, launch in enumerate(rendering.launches)
+        ]
+        loaded = self.device.load(rows)
+        calls = []
+        for (name, launch, _), entry in zip(rows, loaded.kernels, strict=True):
+            pointers = [self.addresses[b] for b in launch.buffers]
+            parameters = np.array([*pointers, *launch.numbers], np.int64)
+            calls.append(
+                DeviceCall(name, entry, launch.grid, launch.block, launch.shared, parameters)
+            )
+        self.program = self.device.program(calls)
+
+    def run(self, arrays: list[np.ndarray], order: str = "forward") -> list[np.ndarray]:
+        """Results for operands; what is not written is NaN."""
+        self.device.emulator.order = order
+        for address, array in zip(self.addresses, arrays, strict=False):
+            self.device.write(address, array)
+        results = [np.full(v.sizes, np.nan, v.dtype) for v in self.node.outputs]
+        for address, array in zip(self.addresses[len(arrays) :], results, strict=False):
+            self.device.write(address, array)
+        self.device.fill(self.addresses[-1], self.workspace, 0xFF)
+        self.program.run()
+        for address, array in zip(self.addresses[len(arrays) :], results, strict=False):
+            self.device.read(address, array)
+        return results
+
+
+def matrix_product(a: tuple[int, ...], b: tuple[int, ...]) -> Graph:
+    g = Graph("product")
+    g.output(y=gc.matmul(g.input("a", a), g.input("b", b)))
+    return g
+
+
+def convolution(image, weight, bias: bool = False, **geometry) -> Graph:
+    g = Graph("convolution")
+    y = gc.conv2d(g.input("x", image), g.input("w", weight), **geometry)
+    if bias:
+        y = gc.relu(y + g.input("b", (weight[0], 1, 1)))
+    g.output(y=y)
+    return g
+
+
+def gradient(of: str, image, weight, **geometry) -> Graph:
+    """The gradient of a convolution's "x" or "w" alone."""
+    from graphc.compiler import transform
+
+    g = convolution(image, weight, **geometry)
+    g.output(loss=gc.sum(gc.mul(g.outputs["y"], g.input("g", g.outputs["y"].sizes))))
+    joint, _ = transform(g, [], {}, "loss", [of])
+    return joint
+
+
+LARGE, TALL, SMALL = Tile(128, 128, 8, 8), Tile(64, 128, 16, 8), Tile(16, 64, 8, 4)
+CASES = {
+    "odd matrices": (matrix_product((33, 17), (17, 65)), "matmul", LARGE, 1),
+    "quads, split": (matrix_product((64, 40), (40, 132)), "matmul", Tile(64, 64, 8, 4), 2),
+    "batch of products": (matrix_product((3, 5, 9), (3, 9, 7)), "matmul", SMALL, 2),
+    "bias and relu": (
+        convolution((2, 6, 9, 7), (10, 3, 3, 3), True, padding=1, stride=2, groups=2),
+        "conv2d",
+        TALL,
+        1,
+    ),
+    "image gradient": (
+        gradient("x", (2, 3, 8, 9), (5, 3, 3, 2), padding=1, dilation=(1, 2)),
+        "conv2d_input_grad",
+        SMALL,
+        1,
+    ),
+    "image gradient, stride": (
+        gradient("x", (2, 3, 9, 7), (5, 3, 3, 3), padding=1, stride=(2, 3)),
+        "conv2d_input_grad",
+        SMALL,
+        1,
+    ),
+    "weight gradient, split": (
+        gradient("w", (3, 4, 9, 7), (5, 4, 3, 3), padding=1, stride=2),
+        "conv2d_weight_grad",
+        SMALL,
+        3,
+    ),
+    "one by one": (matrix_product((1, 1), (1, 1)), "matmul", SMALL, 1),
+}
+
+
+@cache
+def emulated(case: str) -> Emulated:
+    graph, kind, tile, splits = CASES[case]
+    (node,) = [n for n in regions(graph) if n.attrs["kind"] == kind]
+    kernel = lower_node(node)
+    c = find_contraction(kernel.copy())
+    assert c is not None
+    return Emulated(node, kernel, cuda_contraction.render_tiled(c, tile, splits))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("case", CASES)
+def test_emulated_kernels_agree_with_numpy(case, order):
+    kernel = emulated(case)
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(v.sizes).astype(v.dtype) for v in kernel.node.inputs]
+    named = {f"operand{i}": a.astype("float64") for i, a in enumerate(arrays)}
+    expected = interpret(kernel.node.attrs["body"], named).outputs
+    for got, wanted in zip(kernel.run(arrays, order), expected.values(), strict=True):
+        scale = np.abs(wanted).max()
+        assert np.abs(got - wanted).max() <= 2e-6 * scale
+
+
+def test_a_missing_barrier_is_found():
+    """Without the barrier after the copies, some order of threads multiplies what is not there."""
+    (node,) = regions(matrix_product((33, 17), (17, 65)))
+    kernel = lower_node(node)
+    c = find_contraction(kernel.copy())
+    assert c is not None
+    rendering = cuda_contraction.render_tiled(c, SMALL, 1)
+    (launch,) = rendering.launches
+    before, found, after = launch.source.partition("    copied()\n    cuda.syncthreads()\n")
+    assert found
+    broken = replace(launch, source=f"{before}    copied()\n{after}")
+    run = Emulated(node, kernel, Rendering((broken,)))
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(v.sizes).astype(v.dtype) for v in node.inputs]
+    expected = arrays[0] @ arrays[1]
+    right = [np.allclose(run.run(arrays, order)[0], expected, rtol=1e-4) for order in ORDERS]
+    assert not all(right)
+
+
+def test_both_renderers_agree_in_every_launch_of_a_split_sum():
+    """Launches take their buffers by number; the workspace is the one after the last."""
+    (node,) = regions(matrix_product((64, 4096), (4096, 64)))
+    kernel = lower_node(node)
+    rendering = cuda_contraction.render(kernel.copy(), "float32")
+    assert rendering is not None and len(rendering.launches) == 2
+    first, second = rendering.launches
+    workspace = len(kernel.buffers)
+    assert workspace in first.buffers and workspace in second.buffers
+    splits = rendering.workspace // (4 * 64 * 64)
+    assert splits > 1 and rendering.workspace % (4 * 64 * 64) == 0
+    assert cuda_generic.render(kernel.copy(), "float32").workspace == 0
+
+
+@pytest.mark.parametrize("stride, padding", [(1, 1), (2, 1), ((2, 3), 2)])
+def test_no_windows_are_checked(stride, padding):
+    """All that the sum of a data gradient runs over exists; a stride checks taps, of its weight."""
+    geometry = {"stride": stride, "padding": padding}
+    graph = gradient("x", (2, 3, 9, 7), (5, 3, 3, 3), **geometry)
+    (node,) = [n for n in regions(graph) if n.attrs["kind"] == "conv2d_input_grad"]
+    c = find_contraction(lower_node(node))
+    assert c is not None
+    assert not c.right.bounds
+    assert bool(c.left.bounds) == (stride != 1)
+    assert all(c.kernel.loops[n].extent <= 3 for i, _ in c.left.bounds for n, _ in i.terms)
+
+
+def test_tiles():
+    for tile in TILES:
+        assert tile.threads % 32 == 0 and tile.threads % tile.columns == 0
+        assert tile.threads % tile.depth == 0
+        # Every thread copies something of both operands.
+        assert min(tile.rows, tile.columns) * tile.depth >= tile.threads
+
+
+def test_choice_of_tiles():
+    tile, splits = choose_tile(4096, 4096, 4096, 1, True, False)
+    assert (tile.part, splits) == (8, 1)
+    tile, splits = choose_tile(64, 576, 200_000, 1, True, False)
+    assert splits >= 8  # few tiles, a long sum
+    _, splits = choose_tile(64, 576, 200_000, 1, False, False)
+    assert splits == 1
+    assert choose_tile(1, 50_000, 9, 32, True, False) is None  # a depthwise convolution
