@@ -86,7 +86,7 @@ class Graph:
         self.name = name
         self._nodes: dict[str, Node] = {}
         self._nx = networkx.MultiDiGraph(name=name)
-        self._unlinked: list[Node] = []  # nodes that are not in `_nx` yet
+        self._unlinked: dict[str, Node] = {}  # nodes that are not in `_nx` yet
         self.outputs: dict[str, Value] = {}
         self.updates: dict[str, Value] = {}
         self.annotations: dict[str, Any] = {}
@@ -100,7 +100,7 @@ class Graph:
     @property
     def nx(self) -> networkx.MultiDiGraph:
         """The graph for networkx's algorithms; to be read, not changed."""
-        for node in self._unlinked:
+        for node in self._unlinked.values():
             self._nx.add_node(node.name, node=node)
             for slot, value in enumerate(node.inputs):
                 self._nx.add_edge(value.node.name, node.name, slot=slot, output=value.index)
@@ -275,13 +275,14 @@ class Graph:
 
     def _append(self, node: Node) -> Node:
         self._nodes[node.name] = node
-        self._unlinked.append(node)
+        self._unlinked[node.name] = node
         return node
 
     def remove(self, node: Node) -> None:
         """Remove a node that nothing reads."""
-        self.nx.remove_node(node.name)
         del self._nodes[node.name]
+        if self._unlinked.pop(node.name, None) is None:
+            self._nx.remove_node(node.name)
 
     def _infer(self, node: Node) -> tuple[TensorType, ...]:
         if node.op in SOURCES:
@@ -362,19 +363,16 @@ class Graph:
 
     def copy_node(self, node: Node, inputs: tuple[Value, ...], name: str | None = None) -> Node:
         """Append a copy of a node of another graph, keeping name, origin and layouts."""
-        if all(new.type == old.type for new, old in zip(inputs, node.inputs, strict=True)):
-            exact = node.op in NAMED_SOURCES
-            unique, attrs = self._unique(name or node.name, exact), dict(node.attrs)
-            copy = Node(self, unique, node.op, inputs, attrs, node.types, node.origin)
-            for slot, value in enumerate(inputs):
-                if value.graph is not self:
-                    self._refuse(value, f"operand {slot} of {copy.describe()}")
-            self._append(copy)
-        else:
-            with self.origin(node.origin):
-                copy = self.add(node.op, inputs, node.attrs, name=name or node.name)
-        copy.layouts = node.layouts
-        return copy
+        for slot, (value, old) in enumerate(zip(inputs, node.inputs, strict=True)):
+            if value.node.graph is not self:
+                self._refuse(value, f"operand {slot} of {node.describe()}")
+            if value.type is not old.type and value.type != old.type:
+                with self.origin(node.origin):
+                    copy = self.add(node.op, inputs, node.attrs, name=name or node.name)
+                copy.layouts = node.layouts
+                return copy
+        unique = self._unique(name or node.name, exact=node.op in NAMED_SOURCES)
+        return self._append(node.copied(self, unique, inputs))
 
     def copy(self) -> Graph:
         return self.reordered(self.nodes)

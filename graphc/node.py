@@ -36,6 +36,15 @@ class Node:
         self.origin = origin
         self.set_types(types)
 
+    def copied(self, graph: Graph, name: str, inputs: tuple[Value, ...]) -> Node:
+        """The same application in another graph, on operands of the same types."""
+        copy = Node.__new__(Node)
+        copy.graph, copy.name, copy.op, copy.inputs = graph, name, self.op, inputs
+        copy.attrs, copy.origin = dict(self.attrs), self.origin
+        copy.types, copy.layouts = self.types, self.layouts
+        copy.outputs = tuple([Value(copy, i) for i in range(len(self.types))])
+        return copy
+
     def set_types(self, types: tuple[TensorType, ...]) -> None:
         self.types = types
         self.layouts: tuple[Layout, ...] = (ROWS,) * len(types)
@@ -54,7 +63,8 @@ class Node:
 
 
 class Value:
-    """One output of a node; what users compute with."""
+    """One output of a node; what users compute with. Compared by identity: a node makes each of its
+    values once."""
 
     __slots__ = ("node", "index")
 
@@ -94,12 +104,6 @@ class Value:
     @property
     def layout(self) -> Layout:
         return self.node.layouts[self.index]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Value) and self.node is other.node and self.index == other.index
-
-    def __hash__(self) -> int:
-        return id(self.node) + self.index
 
     def __repr__(self) -> str:
         return f"%{self.name}: {self.type}"

@@ -56,6 +56,8 @@ def _format_attribute(value: Any) -> str:
 
 def freeze(value: Any) -> Any:
     """An attribute as nested tuples of plain values, the same in every process."""
+    if isinstance(value, (int, str, float)):
+        return repr(value)
     from graphc.ir import Graph
 
     if isinstance(value, np.ndarray):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Iterable
@@ -40,7 +41,7 @@ class TensorType:
     def itemsize(self) -> int:
         return np.dtype(self.dtype).itemsize
 
-    @property
+    @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
         """`shape` where every dimension is bound. Raises UnboundDimensionError."""
         for d in self.shape:
@@ -50,7 +51,7 @@ class TensorType:
                 )
         return tuple(d for d in self.shape if not isinstance(d, str))
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         """Number of elements; every dimension must be bound."""
         return math.prod(self.sizes)

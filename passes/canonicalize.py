@@ -30,7 +30,8 @@ class Canonicalize(Pass):
     sweeps: int = 8
 
     def run(self, graph: Graph) -> Graph:
-        new, fired = rewrite(graph, self._rules(), everywhere=(expand_later,), sweeps=self.sweeps)
+        everywhere = (constant_operands, expand_later)
+        new, fired = rewrite(graph, self._rules(), everywhere, self.sweeps)
         if fired:
             note(new, ", ".join(f"{name} x{count}" for name, count in fired.items()))
         return new
@@ -66,6 +67,27 @@ def _power_of_two(x: float) -> bool:
 
 def _scalar(match: Match, x: float) -> Value:
     return match.graph.constant(np.asarray(x, match.type.dtype), dtype=match.type.dtype)
+
+
+# ---- constants
+
+# No constant of more elements is made, unless its operands were as large.
+CONSTANT_LIMIT = 1024
+
+
+def constant_operands(m: Match) -> Value | None:
+    """f of constants is a constant, from the NumPy reference. Copies of elements are left to their
+    readers, and so are nodes whose mode or seed is still open."""
+    if m.op == "expand" or not m.inputs or any(v.node.op != "constant" for v in m.inputs):
+        return None
+    if any(m.attrs.get(key, 0) is None for key in ("training", "seed")):
+        return None
+    if m.type.size > max(CONSTANT_LIMIT, sum(v.type.size for v in m.inputs)):
+        return None
+    arrays = [v.node.attrs["value"] for v in m.inputs]
+    with np.errstate(all="ignore"):
+        (array,) = registry.get(m.op).evaluate(arrays, m.attrs)
+    return m.graph.constant(np.array(array), dtype=m.type.dtype, name=m.node.name)
 
 
 # ---- arithmetic

@@ -105,10 +105,15 @@ class _Fuser:
         self.position = {n.name: i for i, n in enumerate(graph.nodes)}
         self.group = {n.name: n.name for n in self.nodes}
         self.members: dict[str, list[Node]] = {n.name: [n] for n in self.nodes}
+        self.first = {n.name: self.position[n.name] for n in self.nodes}  # of a group's members
         self.users: dict[Value, list[Node]] = defaultdict(list)
         for node in graph.nodes:
             for value in dict.fromkeys(node.inputs):
                 self.users[value].append(node)
+        # The nodes that read a group's values.
+        self.reading = {
+            n.name: {user.name for v in n.outputs for user in self.read_by(v)} for n in self.nodes
+        }
         self.kept = set(graph.results)
         self.reasons: dict[tuple[str, str], str] = {}
         self.summed: dict[str, bool] = {}
@@ -166,20 +171,22 @@ class _Fuser:
         a, b = self.group[first.name], self.group[second.name]
         if len(self.members[a]) < len(self.members[b]):
             a, b = b, a
+        self.first[a] = min(self.first[a], self.first.pop(b))
+        self.reading[a] |= self.reading.pop(b)
         for node in self.members.pop(b):
             self.group[node.name] = a
             self.members[a].append(node)
 
     def refuse(self, a: str, b: str) -> str:
         """Why two groups cannot be one region, or "" if they can."""
-        nodes = sorted([*self.members[a], *self.members[b]], key=lambda n: self.position[n.name])
-        inside = {n.name for n in nodes}
-        phases = {n.origin.phase == UPDATE for n in nodes}
-        if len(phases) > 1:
+        nodes = [*self.members[a], *self.members[b]]
+        if len({n.origin.phase == UPDATE for n in nodes}) > 1:
             return "the update runs after every use of the old value"
         heavy = [n for n in nodes if n.op in CONTRACTIONS]
         if len(heavy) > 1:
             return "one kernel holds one contraction"
+        nodes.sort(key=lambda n: self.position[n.name])
+        inside = {n.name for n in nodes}
         if heavy and any(n.op == "pad" for n in nodes):
             return "padding writes around a contraction's register tile"
         if heavy and any(n.op == "max_unpool2d" for n in nodes):
@@ -275,45 +282,30 @@ class _Fuser:
         """Whether a path leaves the union of two groups and comes back.
 
         Fusing would make a cycle."""
-        inside = {n.name for g in (a, b) for n in self.members[g]}
-        last = max(self.position[n] for n in inside)
-        group_last: dict[str, int] = {}
-        stack = [
-            u
-            for n in inside
-            for v in self.graph.node(n).outputs
-            for u in self.readers(v)
-            if u.name not in inside
-        ]
-        seen: set[str] = set()
+        last = max(self.position[n.name] for g in (a, b) for n in self.members[g])
+        stack = [reader for g in (a, b) for reader in self.readers(g) if reader not in (a, b)]
+        seen = set(stack)
         while stack:
-            node = stack.pop()
-            if node.name in seen:
-                continue
-            seen.add(node.name)
-            fellows = self.members[self.group[node.name]] if node.name in self.group else [node]
-            for fellow in fellows:
-                for value in fellow.outputs:
-                    for user in self.readers(value):
-                        if user.name in inside:
-                            return True
-                        reach = group_last.setdefault(user.name, self.first_position(user))
-                        if user.name not in seen and reach <= last:
-                            stack.append(user)
+            for reader in self.readers(stack.pop()):
+                if reader in (a, b):
+                    return True
+                if reader not in seen and self.first[reader] <= last:
+                    seen.add(reader)
+                    stack.append(reader)
         return False
 
-    def readers(self, value: Value) -> Iterator[Node]:
+    def readers(self, group: str) -> set[str]:
+        """The groups that read a group's values, itself included if it does."""
+        return {self.group[name] for name in self.reading[group]}
+
+    def read_by(self, value: Value) -> Iterator[Node]:
         """Nodes that read a value, directly or through views, which are no kernels of their own."""
         for user in self.users[value]:
             if is_view(user):
                 for shown in user.outputs:
-                    yield from self.readers(shown)
+                    yield from self.read_by(shown)
             else:
                 yield user
-
-    def first_position(self, node: Node) -> int:
-        fellows = self.members[self.group[node.name]] if node.name in self.group else [node]
-        return min(self.position[f.name] for f in fellows)
 
     # ---- building the fused graph
 

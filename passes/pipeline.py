@@ -11,14 +11,12 @@ from passes.canonicalize import Canonicalize
 from passes.decompose import Decompose
 from passes.eliminate_common import EliminateCommon
 from passes.eliminate_dead import EliminateDead
-from passes.fold_constants import FoldConstants
 from passes.plan_memory import PlanMemory
 from passes.schedule import Schedule
 
 FORWARD = Pipeline(
     (
         Canonicalize(),
-        FoldConstants(),
         EliminateCommon(),
         EliminateDead(),
     )
@@ -26,9 +24,6 @@ FORWARD = Pipeline(
 BACKWARD = Pipeline(
     (
         Decompose(),
-        Canonicalize(drop_stop_gradient=True),
-        FoldConstants(),
-        # Folding leaves new zeros and ones.
         Canonicalize(drop_stop_gradient=True),
         EliminateCommon(),
         EliminateDead(),

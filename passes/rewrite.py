@@ -27,20 +27,25 @@ def rewrite(
     rules: by operator, tried in order; the rules `everywhere` are then tried on every operator.
     Only operators with one output are matched. Returns the new graph, without dead nodes but with
     all inputs, and how often each rule was applied.
+
+    Rules look at operands, which a sweep has finished by then. Another one can only find more where
+    `Match.take` has refused a value that other nodes read: they may be dead by now.
     """
     fired: Counter[str] = Counter()
+    graph = EliminateDead(keep_inputs=True).run(graph)
     for _ in range(sweeps):
-        graph = EliminateDead(keep_inputs=True).run(graph)
         sweep = _Sweep(graph, rules, everywhere)
         rebuilt = graph.rebuild(sweep.visit)
         if not sweep.fired:
-            return graph, fired
-        graph = rebuilt
+            break
         fired += sweep.fired
-    return EliminateDead(keep_inputs=True).run(graph), fired
+        graph = EliminateDead(keep_inputs=True).run(rebuilt)
+        if not sweep.unfinished(graph):
+            break
+    return graph, fired
 
 
-@dataclass
+@dataclass(slots=True)
 class Match:
     """An operator application that rules look at: operands are values of the graph being built."""
 
@@ -66,22 +71,28 @@ class Match:
         """The node of `value` if only the matched node uses it, to be replaced; else None.
 
         It is removed from the graph, so that the rule must not fail after."""
-        node = value.node
-        if self.sweep.uses[value] != 1 or self.graph.nx.out_degree(node.name) != 0:
+        node, sweep = value.node, self.sweep
+        if sweep.uses[value] != 1 or sweep.reads[value] != 0:
+            sweep.refused.add(value.name)
             return None
         self.graph.remove(node)
+        sweep.reads.subtract(node.inputs)
         return node
 
 
 @dataclass
 class _Sweep:
-    """One visit of every node. `uses` counts readers in the old graph by value of the new one."""
+    """One visit of every node. `uses` counts readers in the old graph by value of the new one,
+    `reads` those in the new one; `refused` names values that other nodes read as well."""
 
     old: Graph
     rules: Rules
     everywhere: tuple[Rule, ...]
     uses: Counter[Value] = field(default_factory=Counter)
     fired: Counter[str] = field(default_factory=Counter)
+    reads: Counter[Value] = field(default_factory=Counter)
+    refused: set[str] = field(default_factory=set)
+    too_deep: bool = False
 
     def __post_init__(self) -> None:
         self.readers = Counter(v for node in self.old for v in node.inputs)
@@ -91,7 +102,11 @@ class _Sweep:
         value = None
         if node.op not in SOURCES and len(node.types) == 1:
             value = self.rewritten(new, node, node.op, inputs, node.attrs, node.types[0], 0)
-        values = new.copy_node(node, inputs).outputs if value is None else (value,)
+        if value is None:
+            values = new.copy_node(node, inputs).outputs
+            self.reads.update(inputs)
+        else:
+            values = (value,)
         for old, result in zip(node.outputs, values, strict=True):
             self.uses[result] += self.readers[old]
         return values
@@ -107,7 +122,16 @@ class _Sweep:
     ) -> Value:
         types = tuple(registry.get(op).infer([v.type for v in inputs], attrs))
         value = self.rewritten(graph, node, op, inputs, attrs, types[0], depth)
-        return graph.add(op, inputs, attrs, name=node.name)[0] if value is None else value
+        if value is None:
+            value = graph.add(op, inputs, attrs, name=node.name)[0]
+            self.reads.update(inputs)
+        return value
+
+    def unfinished(self, graph: Graph) -> bool:
+        """Whether another sweep may find more. `graph`: the result, without dead nodes."""
+        found = [*graph.results, *(v for node in graph for v in node.inputs)]
+        left = Counter(v.name for v in found if v.name in self.refused)
+        return self.too_deep or 1 in left.values()
 
     def rewritten(
         self,
@@ -120,6 +144,7 @@ class _Sweep:
         depth: int,
     ) -> Value | None:
         if depth > _DEPTH:
+            self.too_deep = True
             return None
         match = Match(self, graph, node, op, inputs, attrs, kind, depth)
         for rule in (*self.rules.get(op, ()), *self.everywhere):

@@ -42,7 +42,10 @@ class Access:
 
     def stride(self, loop: str | None) -> int:
         """Elements from one iteration of `loop` to the next; 0 if it is not among the loops."""
-        return next((stride for name, stride in self.strides if name == loop), 0)
+        for name, stride in self.strides:
+            if name == loop:
+                return stride
+        return 0
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ structure are lowered and scheduled once.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -33,7 +34,9 @@ class Launch:
 
 _Key = tuple[Hashable, ...]
 _Scheduled = tuple[Kernel, Schedule, CompiledCall]
-# By structure, for the life of the process; emptied when full.
+# By structure, for the life of the process; emptied when full. A structure has a number.
+_numbers = itertools.count()
+_structures: dict[_Key, int] = {}
 _lowered: dict[_Key, Kernel] = {}
 _scheduled: dict[_Key, list[_Scheduled]] = {}
 _MOST: Final = 4096
@@ -44,7 +47,10 @@ def structure(node: Node) -> _Key:
     body: Graph = node.attrs["body"]
     if "structure" not in body.annotations:
         rules = frozenset(get(n.op).lower for n in body if n.op not in SOURCES)
-        body.annotations["structure"] = (body.fingerprint(), rules)
+        structure = (body.structure(), rules)
+        if structure not in _structures:
+            _remember(_structures, structure, next(_numbers))
+        body.annotations["structure"] = _structures[structure]
     layouts = (*(v.layout for v in node.inputs), *node.layouts)
     return (body.annotations["structure"], node.attrs["outer"], layouts)
 

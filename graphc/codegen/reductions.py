@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from graphc.codegen.emit import Emitter, Scope, Var
 from graphc.codegen.kernel import Kernel, Schedule
 from graphc.expr import Expr, Index
@@ -229,17 +231,25 @@ class ReductionEmitter(Emitter):
         access, data = matrix.attributes["access"], matrix.attributes["known"].reshape(-1)
         # Over loops that the other factor does not depend on, the matrix alone is summed.
         alone = tuple(n for n in expr.attributes["loops"] if n not in value.axes)
-        rows = []
-        for out in self._digits(axes):
-            row = []
-            for element in self._digits(value.axes):
-                meets = all(element[n] == out[n] for n in value.axes if n in out)
-                places = [{**out, **element, **rest} for rest in self._digits(alone)]
-                at = [access.offset + sum(s * p[n] for n, s in access.strides) for p in places]
-                row.append(float(data[at].sum()) if meets else 0.0)
-            rows.append(tuple(row))
-        name = self.factory("linear", f"v.tile_linear({tuple(rows)})")
+        # [outputs, elements of the value, loops of the matrix alone]
+        parts = (axes, value.axes, alone)
+        out, element, rest = (self._grid(part, axis) for axis, part in enumerate(parts))
+        place = out | element | rest
+        at = np.full([math.prod(self._counts(part)) for part in parts], access.offset)
+        for n, stride in access.strides:
+            at += stride * place[n]
+        entries = data[at].sum(axis=2)
+        for n in set(out) & set(element):
+            entries[(out[n] != element[n])[..., 0]] = 0.0
+        name = self.factory("linear", f"v.tile_linear({tuple(map(tuple, entries.tolist()))})")
         return self._assign(scope, "sum", f"{name}({self._tile_of(value)})", axes)
+
+    def _grid(self, axes: tuple[str, ...], along: int) -> dict[str, np.ndarray]:
+        """The position of every tile element by axis, to be broadcast: `along` one of 3 axes."""
+        shape = [-1 if axis == along else 1 for axis in range(3)]
+        return dict(
+            zip(axes, (p.reshape(shape) for p in np.indices(self._counts(axes))), strict=True)
+        )
 
     def _tile_of(self, value: Var) -> str:
         """A value as a tile, of one element if it has no axes."""
