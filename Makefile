@@ -55,7 +55,7 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	@echo "Installing graphc and what the tests need into $(VENV) ..."
-	$(PIP) install -q -e '.[data,plot,test]'
+	$(PIP) install -q -e '.[data,plot,cuda,test]'
 	@touch $@ $(VENV)/.demo
 
 clean:

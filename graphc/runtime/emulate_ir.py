@@ -40,6 +40,7 @@ def native_module(kernel: str, modules: Sequence[str], symbol: str, shared: int 
     parameters = [str(a.type) for a in linked.get_function(kernel).arguments]
     _refuse_unknown(text)
     text += _BUILTINS + _address_of_shared(text)
+    text += f"@emu.dynamic = internal constant i32 {shared}\n"
     inlined = llvm.parse_assembly(_declared_once(text))
     _inline(inlined)
     text = str(inlined)
@@ -234,8 +235,8 @@ def _declared_once(text: str) -> str:
 
 
 def _refuse_unknown(text: str) -> None:
-    known = set(re.findall(r'@"?(emu\.[\w.]+)"?', _BUILTINS))
-    called = set(re.findall(r'@"?(emu\.(?!asm|shared)[\w.]+)"?', text))
+    known = set(re.findall(r'@"?(emu\.[\w.]+)"?', _BUILTINS)) | {"emu.shared", "emu.dynamic"}
+    called = set(re.findall(r'@"?(emu\.(?!asm)[\w.]+)"?', text))
     if missing := sorted(called - known):
         names = ", ".join(name.replace("emu.", "llvm.nvvm.", 1) for name in missing)
         raise errors.CompileError(f"target='cuda-emulated' does not know {names}")
@@ -275,6 +276,7 @@ _THREAD_ASSEMBLY = (
         r"\[\$1(?:\+(?P<from>\d+))?\], (?P<bytes>16|8|4)(, \$2)?;",
         None,
     ),
+    (r"mov\.u32 \$0, %dynamic_smem_size", "  %n = load i32, ptr @emu.dynamic\n  ret i32 %n\n"),
     (r"cp\.async\.(commit_group|wait_group|wait_all)", "  ret void\n"),
 )
 _CALL = re.compile(
