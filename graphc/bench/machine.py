@@ -6,9 +6,7 @@ that "share of the peak" compares like with like. `python -m graphc.bench.machin
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import hashlib
 import json
 import os
 import platform
@@ -19,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from graphc.serialize import write_atomically
+from graphc.runtime.cache import default_cache
 
 _MULTIPLY_ADDS = """\
 from graphc.codegen import simd
@@ -142,7 +140,7 @@ def machine_limits(threads: int, again: bool = False) -> Machine:
     if machine is None or again:
         fresh = measure_machine(threads)
         machine = fresh if machine is None else _best_of(machine, fresh)
-        _store_limits(machine)
+        default_cache().put_note(_limits_key(threads), asdict(machine))
     _known[threads] = machine
     return machine
 
@@ -152,34 +150,20 @@ def _best_of(a: Machine, b: Machine) -> Machine:
     return replace(a, gflops=max(a.gflops, b.gflops), read=read)
 
 
-def _limits_file(threads: int) -> Path | None:
-    """Where the limits are kept: by processor, cores and what measures them."""
+def _limits_key(threads: int) -> str:
+    """Under which the cache keeps the limits: by processor, cores and what measures them."""
     from graphc.codegen.simd_host import host_lanes
-    from graphc.runtime.cache import default_cache
     from graphc.runtime.team import available_cores
 
-    folder = default_cache().folder
     facts = (cpu_name(), host_lanes(), available_cores(), threads, cache_sizes())
-    code = hashlib.sha256(Path(__file__).read_bytes() + repr(facts).encode()).hexdigest()
-    return folder / f"machine-{code[:16]}.json" if folder else None
+    return default_cache().key(Path(__file__).read_text(encoding="utf-8"), repr(facts), "limits")
 
 
 def _load_limits(threads: int) -> Machine | None:
-    path = _limits_file(threads)
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8")) if path else None
-        if fields is None:
-            return None
-        return Machine(**{**fields, "read": tuple((n, s) for n, s in fields["read"])})
-    except (OSError, ValueError, TypeError, KeyError):  # absent, or another version's
+    fields = default_cache().get_note(_limits_key(threads))
+    if fields is None:
         return None
-
-
-def _store_limits(machine: Machine) -> None:
-    path = _limits_file(machine.threads)
-    if path is not None:
-        with contextlib.suppress(OSError):
-            write_atomically(path, json.dumps(asdict(machine)).encode())
+    return Machine(**{**fields, "read": tuple((n, s) for n, s in fields["read"])})
 
 
 def measure_machine(threads: int) -> Machine:

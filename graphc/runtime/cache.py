@@ -1,5 +1,5 @@
 """Kernels on disk: `<key>.py`, the generated source, and `<key>.obj`, its object code; and
-`<key>.note`, what was measured with `tune=True`.
+`<key>.note`, what was measured on this machine: by `tune=True`, and its limits.
 
 A program whose kernels are all here starts without Numba. The key covers all that shapes the
 object code, so an entry never goes stale; files are replaced atomically and carry a digest, so any
@@ -303,8 +303,6 @@ def _is_ours(name: str) -> bool:
     stem, _, suffix = name.rpartition(".")
     if suffix == "tmp":
         return stem.startswith("write-")
-    if suffix == "json":
-        return stem.startswith("machine-")  # see graphc.bench.machine
     return (
         suffix in ("py", "obj", "note")
         and len(stem) == 64
