@@ -44,24 +44,25 @@ class TileCost:
         self.lane_is_reduced = inside.pop(lane, 0) > 0
         self.steps = math.prod(inside.values())
         self.parts = bool(kept)
-        self.lanes = lanes
         self.registers = 32 if lanes in (4, 16) else 16
         self.inner_first = [n for n in reversed(order) if n != lane]
         reach = {**inside, lane: lanes} if lane else inside
-        self.factors = [[_Read(a, reach, lane, lanes) for a in accesses] for accesses in factors]
+        self.factors = [[_Access(a, reach, lane, lanes) for a in accesses] for accesses in factors]
         self.reads = [read for reads in self.factors for read in reads]
+        self.results = [_Access(s.access, {lane: lanes}, lane, lanes) for s in kernel.stores]
 
     def __call__(self, tile: Tile) -> float:
         accumulators = math.prod(c for _, c in tile)
         issue = self.steps * self._step(tile, accumulators)
         memory = self._memory(dict(tile))
-        # Each multiply-add chain starts and ends once a tile; stores to distant lines cost a bit
-        # more. Parts are added to what earlier parts left in memory.
-        outside = 15.0 + 1.5 * accumulators
+        # Each multiply-add chain starts and ends once a tile, and its result goes to some lines.
+        # Parts are added to what earlier parts left there.
+        stored = sum(result.bytes(dict(tile)) for result in self.results)
+        outside = 15.0 + 0.5 * accumulators + 1.5 * stored / _LINE_BYTES
         if self.lane_is_reduced:
             outside += 4.0 * accumulators
         if self.parts:
-            outside += 2.0 * accumulators + 8.0 * self.lanes * accumulators / _L2_BYTES_PER_CYCLE
+            outside += 2.0 * accumulators + 2.0 * stored / _L2_BYTES_PER_CYCLE
         cycles = max(issue, memory) + 0.15 * min(issue, memory) + outside
         waste = math.prod(-(-self.extents[n] // c) * c / self.extents[n] for n, c in tile)
         return cycles / (accumulators * self.steps) * waste
@@ -112,8 +113,8 @@ class TileCost:
         return sum(read.bytes(counts) for read in self.reads)
 
 
-class _Read:
-    """An access behind a factor of the product, as the cost of a tile looks at it."""
+class _Access:
+    """A read of a factor of the product, or a result, as the cost of a tile looks at it."""
 
     def __init__(
         self, access: Access, reach: Mapping[str | None, int], lane: str | None, lanes: int
