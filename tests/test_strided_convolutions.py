@@ -115,12 +115,14 @@ def test_arrays_in_and_out_of_ordered_layouts(axis):
 
 @pytest.mark.parametrize("layout, batch", [("batch", 16), ("channels", 3)])
 def test_weight_gradients_in_parts(layout, batch):
+    """Around the loops that threads share, or within them."""
     layer = ((9, 31, 64), (24, 9, 3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1), 1)
     compiled = check_gradients([layer], layout, batch)
     (launch,) = [one for one in compiled.launches if one.node.name == "conv2d_weight_grad"]
-    outer, order = launch.kernel.outer, launch.schedule.order
-    assert any(n.startswith("r") for n in outer)
-    assert all(n.startswith("i") for n in order[: launch.schedule.parallel])
+    schedule = launch.schedule
+    assert any(n.startswith("r") for n in launch.kernel.outer)
+    assert {*schedule.around, *schedule.order, schedule.lane} >= set(launch.kernel.outer)
+    assert all(n.startswith("i") for n in schedule.order[: schedule.parallel])
     for loop, count in launch.schedule.tile:
         assert launch.kernel.loops[loop].extent % count == 0
 

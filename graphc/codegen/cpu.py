@@ -98,8 +98,10 @@ class _KernelEmitter(ReductionEmitter):
     def outer_scopes(self, root: Scope) -> Scope:
         order, shared = self.schedule.order, self.schedule.parallel
         scope = root
+        for loop in self.schedule.around:
+            scope = self._outer_loop(scope, loop)
         if shared:
-            loops = order[:shared]
+            around, loops = scope, order[:shared]
             trips = [self.trips(n) for n in loops]
             if shared > 1:
                 units = self.number(
@@ -107,9 +109,9 @@ class _KernelEmitter(ReductionEmitter):
                 )
             else:
                 units = trips[0]
-            scope = Scope(root, root.bound | set(loops), root.depth + 1)
+            scope = Scope(around, around.bound | set(loops), around.depth + 1)
             share = f"{units} * thread // threads, {units} * (thread + 1) // threads"
-            scope.lines.append("    " * root.depth + f"for unit in range({share}):")
+            scope.lines.append("    " * around.depth + f"for unit in range({share}):")
             rest = "unit"
             for position, loop in enumerate(loops):
                 if position == len(loops) - 1:

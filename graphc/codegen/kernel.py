@@ -163,9 +163,11 @@ class Schedule:
               listed here (pooling windows) are unrolled whole
     order     outer loops as nested, outermost first, without the lane loop
     parallel  how many leading loops of `order` are shared between threads
+    around    loops around all of `order`, which every thread runs (parts of a sum)
     """
 
     lane: str | None
     tile: tuple[tuple[str, int], ...]
     order: tuple[str, ...]
     parallel: int
+    around: tuple[str, ...] = ()

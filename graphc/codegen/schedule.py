@@ -13,7 +13,13 @@ import math
 from graphc.codegen import parts
 from graphc.codegen.kernel import Access, Kernel, Loop, Schedule
 from graphc.codegen.reductions import known_factor
-from graphc.codegen.tile_cost import Tile, TileCost
+from graphc.codegen.tile_cost import (
+    L2_BYTES_PER_CYCLE,
+    L3_BYTES_PER_CYCLE,
+    Tile,
+    TileCost,
+    all_bytes,
+)
 from graphc.expr import Expr
 
 _COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14)
@@ -53,9 +59,35 @@ def rank_schedules(
         counts = dict(tile)
         trips = [math.ceil(kernel.loops[n].extent / counts.get(n, 1)) for n in outer]
         shared = 1 if blocks else _shared(trips, threads) if threads > 1 else 0
-        place = max(1, shared)  # threads do not share parts, whose sums are one
-        schedules.append(Schedule(lane, tile, (*outer[:place], *outside, *outer[place:]), shared))
+        around: tuple[str, ...] = ()
+        order, first = outer, max(1, shared)  # threads do not share parts, whose sums are one
+        if outside and main:
+            units = math.prod(trips[:first]) / threads
+            if _around_all(kernel, main, outside, outer[:first], units, threads):
+                around = outside
+            else:
+                order = (*outer[:first], *outside, *outer[first:])
+        schedules.append(Schedule(lane, tile, order, shared, around))
     return schedules
+
+
+def _around_all(
+    kernel: Kernel,
+    main: Expr,
+    outside: tuple[str, ...],
+    first: tuple[str, ...],
+    units: float,
+    threads: int,
+) -> bool:
+    """Whether parts go around the `first` loops, of which a thread has `units` iterations.
+
+    The result is then read and written once a part, and operands that do not depend on these loops
+    are read once, not in every iteration."""
+    operands = [a for factor in _factors(main) for a in _operand(factor)]
+    again = sum(all_bytes(kernel, a) for a in operands if not any(a.stride(n) for n in first))
+    result = sum(all_bytes(kernel, store.access) for store in kernel.stores) / threads
+    added = 2 * result * kernel.trips(outside)
+    return added / L2_BYTES_PER_CYCLE < again * (units - 1) / L3_BYTES_PER_CYCLE
 
 
 def _ordered(kernel: Kernel, outer: tuple[str, ...]) -> tuple[str, ...]:

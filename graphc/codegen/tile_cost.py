@@ -19,8 +19,8 @@ Tile = tuple[tuple[str, int], ...]
 _LINE_BYTES = 64.0
 _L1_BYTES = 28_000
 _L2_BYTES = 400_000
-_L2_BYTES_PER_CYCLE = 24.0
-_L3_BYTES_PER_CYCLE = 9.0
+L2_BYTES_PER_CYCLE = 24.0
+L3_BYTES_PER_CYCLE = 9.0
 
 
 class TileCost:
@@ -62,7 +62,7 @@ class TileCost:
         if self.lane_is_reduced:
             outside += 4.0 * accumulators
         if self.parts:
-            outside += 2.0 * accumulators + 2.0 * stored / _L2_BYTES_PER_CYCLE
+            outside += 2.0 * accumulators + 2.0 * stored / L2_BYTES_PER_CYCLE
         cycles = max(issue, memory) + 0.15 * min(issue, memory) + outside
         waste = math.prod(-(-self.extents[n] // c) * c / self.extents[n] for n, c in tile)
         return cycles / (accumulators * self.steps) * waste
@@ -93,9 +93,9 @@ class TileCost:
         The inner loops whose operands fit the first cache together read them once."""
         bytes_ = self._bytes(counts)
         if bytes_ > _L2_BYTES:
-            return bytes_ / _L3_BYTES_PER_CYCLE
+            return bytes_ / L3_BYTES_PER_CYCLE
         if bytes_ > _L1_BYTES:
-            return bytes_ / _L2_BYTES_PER_CYCLE
+            return bytes_ / L2_BYTES_PER_CYCLE
         tiles = 1
         for n in self.inner_first:
             count, extent = counts.get(n, 1), self.extents[n]
@@ -107,7 +107,7 @@ class TileCost:
                 break
             tiles *= -(-extent // count)
             counts, bytes_ = {**counts, n: extent}, whole
-        return bytes_ / tiles / _L2_BYTES_PER_CYCLE
+        return bytes_ / tiles / L2_BYTES_PER_CYCLE
 
     def _bytes(self, counts: Mapping[str, int]) -> float:
         return sum(read.bytes(counts) for read in self.reads)
@@ -155,3 +155,8 @@ class _Access:
         for step, length in runs:
             size = length * max(size, min(4.0 * step, _LINE_BYTES))
         return max(size, _LINE_BYTES)
+
+
+def all_bytes(kernel: Kernel, access: Access) -> float:
+    """Bytes in the lines that a kernel touches through an access."""
+    return _Access(access, {n: loop.extent for n, loop in kernel.loops.items()}, None, 1).bytes({})
