@@ -11,12 +11,14 @@ from graphc.serialize import load, save
 if _TYPE_CHECKING:
     from graphc import data, train, viz, zoo
     from graphc.compiler import compile, default_pipeline
+    from graphc.interop.onnx import export_onnx
     from graphc.interpreter import interpret
 
 # Imported when first used: compiling pulls in the runtime, pictures and data their own libraries.
 _LAZY = {
     "compile": "graphc.compiler",
     "default_pipeline": "graphc.compiler",
+    "export_onnx": "graphc.interop.onnx",
     "interpret": "graphc.interpreter",
 }
 _LAZY_MODULES = ("data", "train", "viz", "zoo")
@@ -31,6 +33,7 @@ __all__ = [
     "data",
     "default_pipeline",
     "errors",
+    "export_onnx",
     "interpret",
     "load",
     "nn",

@@ -294,7 +294,7 @@ class OnnxRuntime(Peer):
         self.options.log_severity_level = 3
 
     def candidates(self, work: Work) -> list[Candidate]:
-        from graphc.bench.onnx_model import onnx_model
+        from graphc.interop.onnx import onnx_model
 
         model, arrays = onnx_model(work.graph(), work.weights()), work.inputs()
 
@@ -327,7 +327,7 @@ class OpenVino(Peer):
         }
 
     def candidates(self, work: Work) -> list[Candidate]:
-        from graphc.bench.onnx_model import onnx_model
+        from graphc.interop.onnx import onnx_model
 
         model, image = onnx_model(work.graph(), work.weights()), work.inputs()["image"]
 

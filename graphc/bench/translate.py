@@ -2,99 +2,22 @@
 
 PyTorch and JAX get straight-line Python source, one statement an operator, as a careful user would
 write it (no module calls, layers with their fused function: `F.linear`, `F.conv2d` with bias,
-`F.cross_entropy`). ONNX is in `graphc.bench.onnx_model`. One table a library says how each operator
+`F.cross_entropy`). ONNX is in `graphc.interop.onnx`. One table a library says how each operator
 is written; a network with an operator that is not there is refused by name.
 """
 
 from __future__ import annotations
 
 import linecache
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from graphc import errors
-from graphc.ir import SOURCES, Graph, Node, Value
-
-
-@dataclass(frozen=True)
-class Step:
-    """One call of a library: `op` of `inputs` (None: an absent bias), with a node's attributes."""
-
-    op: str
-    node: Node
-    inputs: tuple[Value | None, ...]
-    output: Value
-
-
-def steps(graph: Graph) -> list[Step]:
-    """The operators of a bound graph in order, and the layers that libraries have a function for.
-
-    `conv2d` and `linear` take their bias, `cross_entropy` the mean over the batch. What only fed
-    such a layer (a transposed weight, a reshaped bias) is no step of its own."""
-    taken: set[str] = set()
-    found: list[Step] = []
-    for node in graph:
-        if node.op not in SOURCES and node.name not in taken:
-            found.append(_layer(graph, node, taken))
-    read = set(graph.outputs.values())
-    kept = []
-    for step in reversed(found):
-        if step.output in read:
-            kept.append(step)
-            read |= {v for v in step.inputs if v is not None}
-    return kept[::-1]
-
-
-def _layer(graph: Graph, node: Node, taken: set[str]) -> Step:
-    """The step that begins with a node; nodes that it includes are added to `taken`."""
-    if node.op in ("conv2d", "matmul"):
-        x, weight = node.inputs
-        op = node.op
-        if op == "matmul":
-            if not _is_transposed_parameter(weight):
-                return Step(op, node, (x, weight), node[0])
-            op, weight = "linear", weight.node.inputs[0]
-        bias, added = _bias(graph, node)
-        if added is not None:
-            taken.add(added.name)
-        return Step(op, node, (x, weight, bias), (added or node)[0])
-    if node.op == "softmax_cross_entropy":
-        mean = _only_user(graph, node[0])
-        if mean is not None and mean.op == "mean" and mean.types[0].shape == ():
-            taken.add(mean.name)
-            return Step("cross_entropy", node, node.inputs, mean[0])
-    return Step(node.op, node, node.inputs, node[0])
-
-
-def _only_user(graph: Graph, value: Value) -> Node | None:
-    users = graph.users(value)
-    return users[0][0] if len(users) == 1 and value not in graph.results else None
-
-
-def _is_transposed_parameter(value: Value) -> bool:
-    node = value.node
-    return node.op == "transpose" and value.rank == 2 and node.inputs[0].node.op == "parameter"
-
-
-def _bias(graph: Graph, node: Node) -> tuple[Value | None, Node | None]:
-    """The bias parameter that is added to a layer's only use, and the node that adds it."""
-    add = _only_user(graph, node[0])
-    if add is None or add.op != "add":
-        return None, None
-    other = next((v for v in add.inputs if v.node is not node), None)
-    if other is None:
-        return None, None
-    source = other
-    if node.op == "conv2d":
-        if other.node.op != "reshape" or other.shape != (node.types[0].shape[1], 1, 1):
-            return None, None
-        source = other.node.inputs[0]
-    if source.node.op != "parameter" or source.rank != 1:
-        return None, None
-    return source, add
+from graphc.interop.steps import Step, axis_of, steps
+from graphc.ir import Graph, Value
 
 
 class Writer:
@@ -205,12 +128,6 @@ def _require_symmetric(step: Step, library: str) -> tuple[int, ...]:
     return padding
 
 
-def axis_of(step: Step) -> int:
-    """The one axis of a softmax."""
-    axis = _attribute(step, "axis")
-    return axis if isinstance(axis, int) else axis[0]
-
-
 # ---- PyTorch
 
 
@@ -231,7 +148,7 @@ def _torch_max_pool(step: Step, x: list[str]) -> str:
 
 def _torch_avg_pool(step: Step, x: list[str]) -> str:
     a, padding = step.node.attrs, _require_symmetric(step, "PyTorch")
-    return f"F.avg_pool2d({x[0]}, {a['kernel']}, {a['stride']}, {padding}, count_include_pad=False)"
+    return f"F.avg_pool2d({x[0]}, {a['kernel']}, {a['stride']}, {padding})"
 
 
 def _torch_batch_norm(step: Step, x: list[str]) -> str:
@@ -336,8 +253,7 @@ def _jax_max_pool(step: Step, x: list[str]) -> str:
 
 def _jax_avg_pool(step: Step, x: list[str]) -> str:
     geometry = ", ".join(str(_attribute(step, n)) for n in ("kernel", "stride", "padding"))
-    total = f"pool({x[0]}, 0.0, lax.add, {geometry})"
-    return f"{total} / pool(jnp.ones_like({x[0]}), 0.0, lax.add, {geometry})"
+    return f"pool({x[0]}, 0.0, lax.add, {geometry}) / {math.prod(_attribute(step, 'kernel'))}"
 
 
 JAX = Writer(

@@ -28,6 +28,21 @@ Target = Annotated[
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads to compute with.", show_default="all cores")
 ]
+Network = Annotated[
+    str,
+    typer.Argument(
+        help="One of the zoo (lenet, mlp, resnet18, ...), or file.py:name for a graph or a "
+        "function that returns one.",
+        metavar="NETWORK",
+    ),
+]
+Train = Annotated[bool, typer.Option("--train", help="A training step instead of inference.")]
+Batch = Annotated[int, typer.Option(min=1, help="Images in a step.")]
+Dim = Annotated[
+    list[str] | None,
+    typer.Option(help="Size of a symbolic dimension.", metavar="NAME=SIZE", show_default=False),
+]
+Loss = Annotated[str, typer.Option(help="Name of the output to minimise.")]
 
 
 @app.callback()
@@ -120,17 +135,92 @@ def predict(
 
 @app.command()
 def draw(
-    model: Annotated[str, typer.Argument(help="lenet, mlp or resnet20.", metavar="MODEL")],
+    network: Network,
     out: Annotated[Path, typer.Option(help="File: .svg, .png, .dot or .graphml.")],
     stage: Annotated[
         str, typer.Option(help="declared, or as compiled for inference or training.")
     ] = "training",
-    batch: Annotated[int, typer.Option(min=1, help="Images in a step.")] = 64,
+    batch: Batch = 64,
+    dim: Dim = None,
 ) -> None:
     """Draw the graph of a network."""
-    from graphc.cli.models import draw_model
+    from graphc.cli.inspection import Chosen, draw_network
 
-    typer.echo(f"wrote {draw_model(model, stage, batch, out)}")
+    chosen = Chosen(network, stage == "training", batch, tuple(dim or ()))
+    typer.echo(f"wrote {draw_network(chosen, stage, out)}")
+
+
+@app.command()
+def dump(
+    network: Network,
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    train: Train = False,
+    batch: Batch = 8,
+    dim: Dim = None,
+    loss: Loss = "loss",
+    runs: Annotated[int, typer.Option(min=0, help="Steps to profile; 0 for none.")] = 10,
+    threads: Threads = None,
+    target: Target = "cpu",
+) -> None:
+    """Write all there is to see: a page with the graph after each pass, kernels, memory, times."""
+    from graphc.cli.inspection import Chosen, dump_network
+
+    chosen = Chosen(network, train, batch, tuple(dim or ()), (), loss, threads, target)
+    typer.echo(f"open {dump_network(chosen, out, runs)}")
+
+
+@app.command()
+def profile(
+    network: Network,
+    train: Train = False,
+    batch: Batch = 8,
+    dim: Dim = None,
+    loss: Loss = "loss",
+    runs: Annotated[int, typer.Option(min=1, help="Steps to time.")] = 50,
+    json: Annotated[Path | None, typer.Option(help="File for all figures as JSON.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="File for a trace, to be opened in Perfetto.")
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Time every kernel of a step, beside what the machine can do."""
+    from graphc.cli.inspection import Chosen, profile_network
+
+    chosen = Chosen(network, train, batch, tuple(dim or ()), (), loss, threads)
+    typer.echo(profile_network(chosen, runs, json, trace))
+
+
+@app.command()
+def explain(
+    network: Network,
+    train: Train = False,
+    batch: Batch = 8,
+    dim: Dim = None,
+    loss: Loss = "loss",
+    threads: Threads = None,
+) -> None:
+    """Say why the program is as it is: algorithms, layouts, what was not fused and why."""
+    from graphc.cli.inspection import Chosen, compiled
+
+    chosen = Chosen(network, train, batch, tuple(dim or ()), (), loss, threads)
+    typer.echo(compiled(chosen).explain().rstrip())
+
+
+@app.command()
+def export(
+    network: Network,
+    out: Annotated[Path, typer.Option(help="File: .onnx, .graphml or .dot.")],
+    weights: Annotated[
+        Path | None, typer.Option(help="Weights that were saved; initial ones otherwise.")
+    ] = None,
+    output: Annotated[list[str] | None, typer.Option(help="Outputs to keep.")] = None,
+    dim: Dim = None,
+) -> None:
+    """Write a network as it is in inference for other programs, such as Netron or Gephi."""
+    from graphc.cli.inspection import Chosen, export_network
+
+    chosen = Chosen(network, dims=tuple(dim or ()), outputs=tuple(output or ()))
+    typer.echo(f"wrote {export_network(chosen, out, weights)}")
 
 
 @app.command()

@@ -1,12 +1,10 @@
-"""The networks that the command line knows by name."""
+"""The networks that the command line trains, by name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-import graphc as gc
 from graphc import zoo
 from graphc.errors import GraphcError
 from graphc.ir import Graph
@@ -61,20 +59,3 @@ def choose(what: str, name: str, known) -> str:
     if name not in known:
         raise GraphcError(f"no {what} {name!r}; choose from {', '.join(known)}")
     return name
-
-
-def draw_model(model: str, stage: str, batch: int, path: Path) -> Path:
-    """Write a picture of the network for its images (mlp: digits) in ten classes; returns its
-    path."""
-    choose("stage", stage, ("declared", "inference", "training"))
-    network = MODELS[choose("model", model, MODELS)]
-    graph = network.build(network.shape or (1, 28, 28), 10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if stage == "declared":
-        return gc.viz.draw(graph).save(path)
-    dims = {"N": batch}
-    if stage == "inference":
-        return gc.viz.draw(gc.compile(graph, outputs=["logits"], dims=dims)).save(path)
-    optimizer = gc.optim.SGD(0.1, momentum=0.9)
-    step = gc.compile(graph, outputs=["loss"], dims=dims, loss="loss", optimizer=optimizer)
-    return gc.viz.draw(step).save(path)

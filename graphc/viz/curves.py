@@ -6,24 +6,30 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from graphc.errors import MissingExtraError
+from graphc.viz.figures import figure_class
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from graphc.train import History
 
 
 def learning_curve(history: History, path: str | os.PathLike[str], title: str = "") -> Path:
-    """Draw loss and, where it was measured, accuracy over epochs; .png, .svg or .pdf by suffix.
+    """Save the figure of `curves` as .png, .svg or .pdf by suffix.
+
+    Raises MissingExtraError without matplotlib."""
+    path = Path(path)
+    curves(history, title).savefig(path, dpi=150)
+    return path
+
+
+def curves(history: History, title: str = "") -> Figure:
+    """Loss and, where it was measured, accuracy over epochs, as a matplotlib figure.
 
     Each step's loss is a faint line behind the means of the epochs.
     Raises MissingExtraError without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtraError(
-            'learning curves need matplotlib: pip install "graphc-nn[plot]"'
-        ) from None
+    figure_of = figure_class("learning curves")
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     records = history.epochs
@@ -33,7 +39,7 @@ def learning_curve(history: History, path: str | os.PathLike[str], title: str = 
         "test": [record.test_accuracy for record in records],
     }
     has_accuracy = any(a is not None for curve in accuracies.values() for a in curve)
-    figure = Figure(figsize=(9.0 if has_accuracy else 5.0, 3.6), layout="constrained")
+    figure = figure_of(figsize=(9.0 if has_accuracy else 5.0, 3.6), layout="constrained")
     axes = figure.subplots(1, 2 if has_accuracy else 1, squeeze=False)[0]
 
     loss = axes[0]
@@ -63,6 +69,4 @@ def learning_curve(history: History, path: str | os.PathLike[str], title: str = 
             panel.legend(frameon=False)
     if title:
         figure.suptitle(title)
-    path = Path(path)
-    figure.savefig(path, dpi=150)
-    return path
+    return figure
