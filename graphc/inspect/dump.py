@@ -91,13 +91,14 @@ class _Passes:
     def observe(self, record: Any, graph: Graph) -> None:
         base = self.folder / f"{len(self.records):02d}_{file_name(record.name)}"
         text = graph_text(graph)
-        if text == self._last[0]:  # a pass that changed nothing
+        same = text == self._last[0]  # a pass that changed nothing
+        if same:
             for suffix in (".txt", ".dot", ".svg"):
                 shutil.copyfile(self._last[1].with_suffix(suffix), base.with_suffix(suffix))
         else:
             self._write_graph(base, text, graph)
         self._last = text, base
-        self._data.observe(record, graph)
+        self._data.observe(record, graph, same)
         self.records.append(record)
 
     def _write_graph(self, base: Path, text: str, graph: Graph) -> None:

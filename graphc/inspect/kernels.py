@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from graphc import errors
 from graphc.codegen.program import Launch
@@ -78,8 +79,17 @@ def launched(executable: Executable) -> list[Launch]:
     return [launch for launch in launches if any(v.type.size for v in launch.node.outputs)]
 
 
+_known: WeakKeyDictionary[Executable, list[KernelInfo]] = WeakKeyDictionary()
+
+
 def kernels(executable: Executable) -> list[KernelInfo]:
     """One entry a launch, in order; empty for an interpreted executable."""
+    if executable not in _known:
+        _known[executable] = _kernels(executable)
+    return list(_known[executable])
+
+
+def _kernels(executable: Executable) -> list[KernelInfo]:
     paths: dict[str, str] = getattr(executable, "kernel_paths", {})
     found = []
     for launch in launched(executable):

@@ -24,7 +24,7 @@ class Box:
         self, node: Node, graph: Graph, inlined: set[str], far: set[tuple[str, str]]
     ) -> None:
         self.kind = "input" if node.op == "input" else phase_of(node)
-        self.tooltip = repr(node)
+        self.tooltip = f"{node.describe()}\n{node.origin.layer}"
         fused = fused_operators(node)
         op = fused[0].op if len(fused) == 1 else "" if fused else node.op
         self.title, self.op = _shorten(node.name), "" if op == node.name else op

@@ -7,7 +7,7 @@ above (an activation that the backward pass needs again): drawn as edges, they w
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from typing import Any
 from graphc.errors import GraphcError
 from graphc.ir import SOURCES, Graph
 from graphc.viz.box import BODY, Box
-from graphc.viz.by_layers import scene_by_layers
+from graphc.viz.by_layers import by_layers
 from graphc.viz.formats import to_dot, to_graphml
 from graphc.viz.layout import layered, levels
 from graphc.viz.outline import Cells, Group, is_inlined
 from graphc.viz.phases import COLOURS, EDGES, phase_of
-from graphc.viz.scene import Curve, Rectangle, Scene, Text, text_width
+from graphc.viz.scene import Curve, Painter, Rectangle, Scene, Shape, Text, text_width
 
 MARGIN = 24.0
 _FAR = 7  # layers; longer edges become a line of text in the box that they lead to
@@ -78,19 +78,18 @@ def draw(graph: Any) -> Drawing:
 
 
 def scene(graph: Graph, tree: Group | None = None, cells: Cells | None = None) -> Scene:
-    """The shapes of the picture; for `tree` and `cells` see `scene_by_layers`."""
+    """The shapes of the picture; for `tree` and `cells` see `by_layers`."""
     small = tree is None and len(graph) <= LARGE
-    body = _layered_scene(graph) if small else scene_by_layers(graph, tree, cells)
+    wide, high, paint = _by_rows(graph) if small else by_layers(graph, tree, cells)
     header = _header(graph, {phase_of(node) for node in graph})
-    width = max(body.width, header.width) + 2 * MARGIN
-    picture = Scene(width, body.height + header.height + 2 * MARGIN, str(graph.name))
-    picture.shapes += header.shapes
-    across = (width - body.width) / 2
-    picture.shapes += [shape.moved(across, header.height + MARGIN) for shape in body.shapes]
+    width = max(wide, header.width) + 2 * MARGIN
+    picture = Scene(width, high + header.height + 2 * MARGIN, str(graph.name), header.shapes)
+    picture.shapes += paint((width - wide) / 2, header.height + MARGIN)
     return picture
 
 
-def _layered_scene(graph: Graph) -> Scene:
+def _by_rows(graph: Graph) -> tuple[float, float, Painter]:
+    """Width, height and shapes of a picture in rows, each node below what it reads."""
     phase: dict[Hashable, str] = {node.name: phase_of(node) for node in graph}
     inlined = {node.name for node in graph if is_inlined(node)}
     edges = [
@@ -111,12 +110,16 @@ def _layered_scene(graph: Graph) -> Scene:
         boxes[key] = Box.pill(key.removeprefix("output "), value.type)
     near = [edge for edge in edges if edge not in far]
     layout = layered({key: box.size for key, box in boxes.items()}, near, level)
-    picture = Scene(layout.width, layout.height)
-    for (_, target), points in layout.routes.items():
-        picture.shapes.append(Curve(tuple(points), EDGES[phase.get(target, "forward")]))
-    for key, box in boxes.items():
-        picture.shapes += box.shapes(*layout.corners[key])
-    return picture
+
+    def paint(left: float, top: float) -> Iterator[Shape]:
+        for (_, target), points in layout.routes.items():
+            moved = tuple((x + left, y + top) for x, y in points)
+            yield Curve(moved, EDGES[phase.get(target, "forward")])
+        for key, box in boxes.items():
+            x, y = layout.corners[key]
+            yield from box.shapes(x + left, y + top)
+
+    return layout.width, layout.height, paint
 
 
 def _header(graph: Graph, present: set[str]) -> Scene:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
@@ -27,9 +28,6 @@ class Rectangle:
     radius: float = 5.0
     tooltip: str = ""
 
-    def moved(self, x: float, y: float) -> Rectangle:
-        return replace(self, x=self.x + x, y=self.y + y)
-
 
 @dataclass(frozen=True)
 class Text:
@@ -43,9 +41,6 @@ class Text:
     anchor: str = "start"
     bold: bool = False
 
-    def moved(self, x: float, y: float) -> Text:
-        return replace(self, x=self.x + x, y=self.y + y)
-
 
 @dataclass(frozen=True)
 class Curve:
@@ -57,9 +52,6 @@ class Curve:
     stroke: str
     width: float = 1.3
     sideways: bool = False
-
-    def moved(self, x: float, y: float) -> Curve:
-        return replace(self, points=tuple((px + x, py + y) for px, py in self.points))
 
     def beziers(self) -> list[tuple[Point, Point, Point, Point]]:
         """Cubic pieces, each with those tangents: (start, control, control, end)."""
@@ -83,6 +75,11 @@ class Curve:
         return [(x, y), (x - 3.6, y + back), (x + 3.6, y + back)]
 
 
+Shape = Rectangle | Text | Curve
+# Shapes of a picture whose top left corner is moved to (x, y)
+Painter = Callable[[float, float], Iterator[Shape]]
+
+
 @dataclass
 class Scene:
     """Shapes in painting order within `width` x `height`, y downwards."""
@@ -90,7 +87,7 @@ class Scene:
     width: float
     height: float
     title: str = ""
-    shapes: list[Rectangle | Text | Curve] = field(default_factory=list)
+    shapes: list[Shape] = field(default_factory=list)
 
     def svg(self) -> str:
         """A standalone SVG document; the same shapes always give the same bytes."""
@@ -127,6 +124,7 @@ class Scene:
         figure.savefig(path, format="png", dpi=dpi, pil_kwargs={"compress_level": 3})
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def text_width(text: str, size: float, bold: bool = False) -> float:
     """About how wide a line is, in em averages of DejaVu Sans: Helvetica and Arial are narrower."""
     narrow = sum(c in "iljtfrI.,:;'|!()[] " for c in text)
@@ -136,7 +134,7 @@ def text_width(text: str, size: float, bold: bool = False) -> float:
 
 
 def _number(x: float) -> str:
-    return f"{x:.2f}".rstrip("0").rstrip(".")
+    return f"{x:.1f}".removesuffix(".0")
 
 
 def _rectangle(r: Rectangle) -> str:
@@ -171,7 +169,7 @@ def _curve(c: Curve) -> str:
 _RENDER: dict[type, Callable[[Any], str]] = {Rectangle: _rectangle, Text: _text, Curve: _curve}
 
 
-def _paint(axes, shape: Rectangle | Text | Curve, order: int) -> None:
+def _paint(axes, shape: Shape, order: int) -> None:
     from matplotlib.patches import FancyBboxPatch, PathPatch, Polygon
     from matplotlib.path import Path
 

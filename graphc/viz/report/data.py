@@ -58,15 +58,8 @@ class ReportData:
         self.passes: list[dict[str, Any]] = []
         self._cells_of = cells
 
-    def observe(self, record: Any, graph: Graph) -> None:
-        """Add the graph after a pass."""
-        numbers = {node.name: self._node(node) for node in graph}
-        cells = []
-        for (layer, phase), rows in self._cells_of(graph).items():
-            members = tuple(tuple(numbers[node.name] for node in row) for row in rows)
-            key = (self.text(layer), PHASES.index(phase), members)
-            cells.append(self.cells(key))
-        inlined = [numbers[node.name] for node in graph if is_inlined(node)]
+    def observe(self, record: Any, graph: Graph, same: bool = False) -> None:
+        """Add the graph after a pass; `same`: it is as it was after the one before."""
         self.passes.append(
             {
                 "name": record.name,
@@ -74,12 +67,24 @@ class ReportData:
                 "before": record.nodes_before,
                 "after": record.nodes_after,
                 "notes": list(record.notes),
-                "cells": runs(cells),
-                "inlined": runs(inlined),
                 "outputs": self._named(graph.outputs),
                 "updates": self._named(graph.updates),
+                **(self._same(self.passes[-1]) if same else self._members(graph)),
             }
         )
+
+    def _members(self, graph: Graph) -> dict[str, list[int]]:
+        numbers = {node.name: self._node(node) for node in graph}
+        cells = []
+        for (layer, phase), rows in self._cells_of(graph).items():
+            members = tuple(tuple(numbers[node.name] for node in row) for row in rows)
+            cells.append(self.cells((self.text(layer), PHASES.index(phase), members)))
+        inlined = [numbers[node.name] for node in graph if is_inlined(node)]
+        return {"cells": runs(cells), "inlined": runs(inlined)}
+
+    @staticmethod
+    def _same(before: dict[str, Any]) -> dict[str, list[int]]:
+        return {key: before[key] for key in ("cells", "inlined")}
 
     def _named(self, values: dict[str, Value]) -> list[list[int]]:
         return [[self.text(name), self.text(value.name)] for name, value in values.items()]
