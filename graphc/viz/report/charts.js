@@ -84,7 +84,7 @@ class MemoryView {
     const left = X(this.peak) > width / 2;
     label(ctx, text, X(this.peak + 0.5) + (left ? -6 : 6), Y(-this.curve * 0.08),
       left ? "right" : "left", "#c0392b");
-    label(ctx, `step (${this.steps.length} nodes in order of execution)`, X(this.steps.length / 2),
+    label(ctx, `step (${this.steps.length} nodes in order of execution)`, width / 2,
       Math.min(height - 12, Y(-this.curve * 1.22)), "center");
   }
 
