@@ -66,7 +66,8 @@ def test_the_fastest_is_chosen_and_computes_the_same(folder, last_is_fastest, rn
     """Algorithms with channels or with the batch in lanes, and tiles."""
     plain, tuned = compiled(images), compiled(images, tune=True)
     predicted, chosen = tuned.tuning.changed["conv algorithm"]
-    assert f"conv algorithm: {chosen} instead of {predicted}" in str(tuned.tuning)
+    assert f"conv algorithm: {chosen} instead of {predicted}" in tuned.explain()
+    assert f"conv: {chosen}; predicted" in tuned.explain()
     assert "fc tile" in tuned.tuning.changed
     assert algorithms(tuned) == ([] if chosen == "direct" else [f"conv: {chosen}"])
     assert algorithms(plain) == ([] if predicted == "direct" else [f"conv: {predicted}"])

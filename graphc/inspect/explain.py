@@ -31,6 +31,8 @@ def sections(executable: Executable) -> dict[str, list[str]]:
     found: dict[str, Iterable[str]] = {}
     if executable.records:
         found["Passes"] = map(str, executable.records)
+    if executable.tuning:
+        found["Tuning"] = str(executable.tuning).split("\n")
     if hasattr(executable, "launches"):
         found |= {
             "Convolution algorithms": _convolution_lines(executable),
@@ -71,7 +73,7 @@ def convolution_choices(executable: Executable) -> dict[str, tuple[str, dict[str
     chosen = dict(
         text.split(": ", 1)
         for record in executable.records
-        if record.name == "choose_convolutions"
+        if record.name in ("choose_convolutions", "winograd_convolutions")
         for text in record.notes
         if ": " in text
     )
