@@ -29,12 +29,14 @@ from passes.parallelize import Parallelize
 from passes.pipeline import BACKWARD, FORWARD
 from passes.plan_memory import PlanMemory
 from passes.read_interior import ReadInterior
+from passes.read_padded import ReadPadded
 from passes.receive_padded import ReceivePadded
 from passes.rematerialize import Rematerialize
 from passes.repeat_affine import RepeatAffine
 from passes.schedule import Schedule
 from passes.set_mode import SetMode
 from passes.share_scratch import ShareScratch
+from passes.sum_by_blocks import SumByBlocks
 from passes.winograd_convolutions import WinogradConvolutions
 
 TARGETS = ("cpu", "cuda", "cuda-emulated", "interpret")
@@ -259,6 +261,8 @@ def default_pipeline(layout: str | None = None, target: str = "cpu") -> Pipeline
     return Pipeline(
         (
             ExplicitPadding(),
+            SumByBlocks(cpu_target.host_lanes()),
+            ReadPadded(),
             RepeatAffine(),
             ReadInterior(),
             Fuse(),

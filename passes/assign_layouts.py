@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from graphc.ir import ROWS, Graph, Layout, Node, Value
+from graphc.ops.batch_parts import undivided
 from passes.base import Pass, note
 from passes.fuse import CONTRACTIONS
 
@@ -102,6 +103,8 @@ def _multiply_adds(node: Node) -> float:
         return second.type.size * math.prod(node.types[0].sizes[2:4])
     if node.op == "matmul":
         return out * first.sizes[-1]
+    if node.op == "batch_parts":
+        return _multiply_adds(undivided(node))
     if node.op == "patch_product":
         return out * first.sizes[2]
     if node.op == "patch_weight_grad":
@@ -147,7 +150,9 @@ class _Assign:
                 if self._is_batched(node, old):
                     self.batched.add(value)
             if node.op == "fused":
-                copy.attrs["batched"] = all(v in self.batched for v in copy.outputs)
+                inner = contraction(node)
+                parts = inner is not None and inner.op == "batch_parts"
+                copy.attrs["batched"] = parts or all(v in self.batched for v in copy.outputs)
         for name, value in self.graph.outputs.items():
             self.new.outputs[name] = self.convert(self.mapping[value], ROWS)
         for name, value in self.graph.updates.items():
@@ -164,7 +169,7 @@ class _Assign:
         if node.op in ("parameter", "state", "constant"):
             return False
         inner = contraction(node)
-        if inner is not None and inner.op.endswith("weight_grad"):
+        if inner is not None and inner.op.endswith(("weight_grad", "batch_parts")):
             return False
         if inner is not None and inner.op == "matmul" and inner.types[0].rank == 2:
             left = inner.inputs[0]

@@ -21,7 +21,7 @@ log = logging.getLogger("graphc.fusion")
 CONTRACTIONS = frozenset(
     "matmul conv2d conv2d_input_grad conv2d_weight_grad tile_transform tile_transform_grad "
     "toom_conv toom_conv_input_grad toom_conv_weight_grad "
-    "patch_transform patch_transform_grad patch_product patch_weight_grad".split()
+    "patch_transform patch_transform_grad patch_product patch_weight_grad batch_parts".split()
 )
 WINDOWS = frozenset({"max_pool2d", "max_pool2d_argmax", "avg_pool2d"})
 # Their lowerings cut the spatial loops at the stride, from position 0 on.

@@ -17,7 +17,7 @@ from graphc import ops
 from graphc.ops.registry import Sample, all_ops
 
 # Without a chain rule, on purpose: a position is no smooth function of the operand.
-NOT_DIFFERENTIABLE = {"argmax"}
+NOT_DIFFERENTIABLE = {"argmax", "batch_parts"}
 CASES = op_checks.cases()
 
 

@@ -19,6 +19,7 @@ from graphc.ops import registry
 from passes.autodiff import Autodiff
 from passes.base import InvalidGraphError, Pass, Pipeline, note, verify_graph
 from passes.canonicalize import Canonicalize
+from passes.choose_convolutions import ChooseConvolutions
 from passes.decompose import Decompose
 from passes.eliminate_common import EliminateCommon
 from passes.eliminate_dead import EliminateDead
@@ -28,10 +29,12 @@ from passes.parallelize import Parallelize
 from passes.pipeline import BACKWARD, FORWARD, MEMORY
 from passes.plan_memory import PlanMemory
 from passes.read_interior import ReadInterior
+from passes.read_padded import ReadPadded
 from passes.repeat_affine import RepeatAffine
 from passes.rewrite import rewrite
 from passes.schedule import Schedule
 from passes.set_mode import SetMode
+from passes.sum_by_blocks import SumByBlocks
 from passes.winograd_convolutions import WinogradConvolutions
 
 PASSES = {
@@ -433,6 +436,37 @@ def test_convolutions_and_gradients_become_patches(mode, size):
     for name in a:
         # The transforms' matrices are float32.
         np.testing.assert_allclose(b[name], a[name], atol=5e-6 * np.abs(a[name]).max())
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_weight_gradients_sum_by_blocks_and_padded_values_are_stored_once(rows):
+    graph = Graph("convolutions")
+    x, w = graph.input("x", (16, 8, 12, 12)), graph.input("w", (8, 8, 3, 3))
+    y = ops.relu(ops.conv2d(x, w, padding=1, name="first"))
+    y = ops.relu(ops.add(ops.conv2d(y, w, padding=1, name="second"), y))
+    graph.output(loss=ops.sum(ops.square(y)))
+    if rows:
+        graph.annotations["batch"] = 16
+        choose = ChooseConvolutions(lanes=8, mode="batch", choose=lambda *_: "F(4,3) rows")
+        graph = choose.run(graph)
+        assert sum(n.op == "toom_conv" for n in graph) == 2
+    graph = BACKWARD.run(Autodiff("loss", ("x", "w")).run(graph))[0]
+    graph.annotations |= {"layout_mode": "batch", "batch": 16}
+    steps = (ExplicitPadding(), SumByBlocks(lanes=8, cached_bytes=0), ReadPadded())
+    after, _ = Pipeline(steps).run(graph, verify=True)
+    parts = [n for n in after if n.op == "batch_parts"]
+    assert len(parts) == 2 and all(n.types[0].shape[0] == 2 for n in parts)
+    if rows:  # images are transformed for the forward pass, and again for the weight gradient
+        assert sum(n.op == "tile_transform" for n in after) > sum(
+            n.op == "tile_transform" for n in graph
+        )
+    between = next(n for n in after if n.op == "relu")
+    assert [user.op for user, _ in after.users(between[0])] == ["pad"]
+    rng = np.random.default_rng(6)
+    data = {name: rng.standard_normal(node.types[0].sizes) for name, node in graph.inputs.items()}
+    a, b = (interpret(g, data, dtype="float64").outputs for g in (graph, after))
+    for name in a:
+        np.testing.assert_allclose(b[name], a[name], rtol=1e-9, atol=1e-9 * np.abs(a[name]).max())
 
 
 def region(graph: Graph, name: str, *operands):

@@ -42,7 +42,7 @@ def rank_schedules(
     keep = {blocks} if blocks else set()
     collapse(kernel, bounded(kernel) | keep)
     fixed = bounded(kernel)
-    lane = _choose_lane(kernel, lanes, fixed)
+    lane = _choose_lane(kernel, lanes, fixed, blocks)
     main = _main_reduction(kernel)
     outer = tuple(n for n in kernel.outer if n != lane)
     if not blocks:
@@ -174,46 +174,55 @@ def collapse(kernel: Kernel, fixed: set[str]) -> None:
 # ---- lane
 
 
-def _choose_lane(kernel: Kernel, lanes: int, fixed: set[str]) -> str | None:
+def _choose_lane(
+    kernel: Kernel, lanes: int, fixed: set[str], blocks: str | None = None
+) -> str | None:
+    """The loop that costs least in the lanes, for one block of the loop `blocks`; None: scalars."""
     blocked = [s.access.padded for s in kernel.stores if s.access.padded]
     if blocked:
         return blocked[0] if blocked[0] not in fixed else None
-    accesses = [e.attributes["access"] for e in loads(kernel)] + [s.access for s in kernel.stores]
-    argmax = _in_argmax(kernel)
-    main = _main_reduction(kernel)
-    over = kernel.free(main.args[0]) if main else frozenset()
+    main, argmax = _main_reduction(kernel), _in_argmax(kernel)
+    reads = [e.attributes["access"] for e in loads(kernel)]
+    factors = [a for f in _factors(main) for a in _operand(f)] if main else []
+    over = kernel.free(main.args[0]) - {blocks} if main else frozenset()
     # Multiply-adds, two a cycle: only lanes make them fewer.
     work = kernel.trips(over) / 2 if main else 0.0
-    best: str | None = None
-    best_cost = work + sum(kernel.trips(n for n, _ in a.strides) for a in accesses)
+    # A register tile reads an operand of the product again for every few of them.
+    again = kernel.trips(over) / 4
+
+    def cost_in_lanes(loop: Loop | None) -> float:
+        cost = work
+        if loop and loop.name in over:
+            cost *= math.ceil(loop.extent / lanes) / loop.extent
+        for a in [*reads, *(s.access for s in kernel.stores)]:
+            trips: float = kernel.trips(n for n, _ in a.strides if n != blocks)
+            if loop and a.stride(loop.name):
+                near = a.stride(loop.name) == 1
+                if not near and a in factors:
+                    trips = max(trips, again)
+                vectors = math.ceil(loop.extent / lanes) / loop.extent
+                trips *= vectors * (1.0 if near else 1.5 * lanes)
+            cost += trips
+        if loop and loop.name not in kernel.outer:
+            # Lanes are folded once for each element that does not run over them.
+            folded = [s.access for s in kernel.stores if not s.access.stride(loop.name)]
+            cost += sum(4.0 * kernel.trips(n for n, _ in a.strides if n != blocks) for a in folded)
+        return cost
+
+    best, best_cost = None, cost_in_lanes(None)
     for loop in kernel.loops.values():
-        if loop.name in fixed or loop.name in argmax or loop.extent < 2:
+        if loop.name in fixed or loop.name in argmax or loop.name == blocks or loop.extent < 2:
             continue
         if loop.ragged and loop.extent != lanes:
             continue
         if any(loop.name == other.block and other.ragged for other in kernel.loops.values()):
             continue
-        cost = _lane_cost(kernel, loop, accesses, lanes)
-        cost += work * math.ceil(loop.extent / lanes) / loop.extent if loop.name in over else work
+        cost = cost_in_lanes(loop)
         if cost < best_cost:
             best, best_cost = loop.name, cost
     if best is None:
         return None
     return best if kernel.loops[best].extent == lanes else split_lane(kernel, best, lanes)
-
-
-def _lane_cost(kernel: Kernel, loop: Loop, accesses: list[Access], lanes: int) -> float:
-    vectors = math.ceil(loop.extent / lanes) / loop.extent
-    cost = 0.0
-    for access in accesses:
-        trips = kernel.trips(n for n, _ in access.strides)
-        stride = access.stride(loop.name)
-        cost += trips if stride == 0 else trips * vectors * (1.0 if stride == 1 else 1.5 * lanes)
-    if loop.name not in kernel.outer:
-        # Lanes are folded once for each element that does not run over them.
-        folded = [s for s in kernel.stores if not s.access.stride(loop.name)]
-        cost += sum(4.0 * kernel.trips(n for n, _ in s.access.strides) for s in folded)
-    return cost
 
 
 def split_lane(kernel: Kernel, name: str, lanes: int) -> str:
