@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from graphc.ir import Graph, Node, Value
 from passes.base import Pass, note
@@ -20,28 +20,29 @@ class RepeatAffine(Pass):
     Requires: int dimensions, composite operators decomposed; common subexpressions are not to be
     merged afterwards. Ensures: equal results. x is stored whatever happens, because a reduction
     reads it as well (batch norm's statistics), and the factors do not depend on the batch: fusion
-    then computes the copies where they are read, and the normalised images and relu's masks, which
-    forward and backward pass share, are never written to memory.
+    then computes the copies where they are read, in their reader's phase, and the normalised images
+    and relu's masks, which forward and backward pass share, are never written to memory.
     """
 
     def run(self, graph: Graph) -> Graph:
-        affine = _affine_values(graph)
+        cheap = _cheap_values(graph)
         repeated = 0
 
-        def fresh(new: Graph, old: Value, made: Value) -> Value:
-            """`made`, the new graph's `old`; one more copy of it where it is affine."""
+        def fresh(new: Graph, old: Value, made: Value, phase: str) -> Value:
+            """`made`, the new graph's `old`; where it is cheap, one more copy of it for a phase."""
             nonlocal repeated
-            if old not in affine:
+            if old not in cheap:
                 return made
             repeated += 1
-            inputs = tuple(map(fresh, [new] * 2, old.node.inputs, made.node.inputs))
-            with new.origin(old.node.origin):
+            inputs = tuple(map(fresh, [new] * 2, old.node.inputs, made.node.inputs, [phase] * 2))
+            with new.origin(replace(old.node.origin, phase=phase)):
                 return new.add(old.node.op, inputs, old.node.attrs, name=old.node.name)[0]
 
         def visit(new: Graph, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...] | None:
-            if not any(v in affine for v in node.inputs) or node[0] in affine:
+            if not any(v in cheap for v in node.inputs) or node[0] in cheap:
                 return None
-            own = [fresh(new, *pair) for pair in zip(node.inputs, inputs, strict=True)]
+            phase = node.origin.phase
+            own = [fresh(new, *pair, phase) for pair in zip(node.inputs, inputs, strict=True)]
             return new.copy_node(node, tuple(own)).outputs
 
         new = EliminateDead(keep_inputs=True).run(graph.rebuild(visit))
@@ -49,7 +50,7 @@ class RepeatAffine(Pass):
         return new
 
 
-def _affine_values(graph: Graph) -> set[Value]:
+def _cheap_values(graph: Graph) -> set[Value]:
     """Sums and products of a stored value, or of one of them, with factors of no batch axis, and
     relu of those."""
     reduced = {v for node in graph if node.op in REDUCTIONS for v in node.inputs}
