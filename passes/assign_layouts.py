@@ -267,7 +267,7 @@ class _Assign:
                 if inner.op in ("patch_weight_grad", "patch_transform_grad") and shape[0] > 1:
                     if not self._is_batched(node, value):
                         return self._lane(0)
-            if len(shape) == 4 and shape[1] > 1 and self._is_batched(node, value):
+            if len(shape) == 4 and self._fills_lanes(shape[1]) and self._is_batched(node, value):
                 return self._lane(1)
             target = self._gradient_of(value)
             if target is not None:
@@ -279,6 +279,10 @@ class _Assign:
         if inner.op != "matmul" or inner.types[0].rank != 4 or inner.inputs[1].node.op != "input":
             return False
         return self._operand(node, inner.inputs[1]).layout.lane_axis == 2
+
+    def _fills_lanes(self, channels: int) -> bool:
+        """Whether blocks of channels are more than half full: three colours are not."""
+        return channels > 1 and 2 * channels > self.lanes
 
     def _gradient_of(self, value: Value) -> Layout | None:
         """The layout of the parameter whose update reads a value of the same shape."""
