@@ -22,7 +22,7 @@ from passes.liveness import (
 
 log = logging.getLogger("graphc.memory")
 
-# How often a plan above the bound is tried again with the storages that overran it placed first,
+# How often an order above the bound is tried again with the storages that overran it placed first,
 # and how many placements all tries together may take: about a second.
 _RETRIES = 24
 _PLACEMENTS = 12000
@@ -188,9 +188,10 @@ def place(pieces: Sequence[Storage], live: Sequence[int]) -> list[int]:
     Greedy best fit (Pisarchyk & Lee 2020, Efficient Memory Management for Deep Neural Net
     Inference, section 5): storages are placed one by one in the smallest gap between those that
     live at the same time. The order decides: by size, by breadth (those live at the fullest
-    positions first), by area, and by position are all tried. While the best is above the bound, the
-    storages that stick out are moved to the front and placed again. Each placement scans the n
-    storages with a few NumPy operations; large n get fewer tries, two at least.
+    positions first), by area, and by position are all tried. While all are above the bound, the
+    storages that stick out are moved to the front and placed again, from the best order on. Each
+    placement scans the n storages with a few NumPy operations; large n get fewer tries, two at
+    least.
     """
     if not pieces:
         return []
@@ -203,26 +204,29 @@ def place(pieces: Sequence[Storage], live: Sequence[int]) -> list[int]:
         lambda i: (pieces[i].first - pieces[i].last, -pieces[i].size, i),
         lambda i: (pieces[i].first, -pieces[i].size, i),
     ]
-    best: list[int] = []
-    best_size, best_order = -1, list(range(len(pieces)))
     tries = max(2, _PLACEMENTS // len(pieces))
+    tried: list[tuple[int, int, list[int], list[int]]] = []
     for key in orders[:tries]:
         order = sorted(range(len(pieces)), key=key)
         offsets, size = _best_fit(pieces, order)
-        if best_size < 0 or size < best_size:
-            best, best_size, best_order = offsets, size, order
-        if best_size == bound:
-            return best
-    order, offsets = best_order, best
-    for _ in range(min(_RETRIES, tries - len(orders))):
-        over = [i for i in order if offsets[i] + pieces[i].size > bound]
-        moved = set(over)
-        order = over + [i for i in order if i not in moved]
-        offsets, size = _best_fit(pieces, order)
-        if size < best_size:
-            best, best_size = offsets, size
-        if best_size == bound:
-            break
+        if size == bound:
+            return offsets
+        tried.append((size, len(tried), order, offsets))
+    tries -= len(tried)
+    best_size, _, _, best = min(tried)
+    for _, _, order, offsets in sorted(tried):
+        for _ in range(min(_RETRIES, tries)):
+            tries -= 1
+            over = [i for i in order if offsets[i] + pieces[i].size > bound]
+            moved = set(over)
+            before, order = order, over + [i for i in order if i not in moved]
+            if order == before:
+                break
+            offsets, size = _best_fit(pieces, order)
+            if size < best_size:
+                best, best_size = offsets, size
+            if size == bound:
+                return best
     return best
 
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_graphs import SHAPES, arrays, build, recipes, split
 
-from graphc import ops, optim, zoo
+from graphc import compiler, ops, optim, zoo
+from graphc.codegen import target
 from graphc.interpreter import interpret
 from graphc.ir import SOURCES, Graph, Layout, Value, root
 from graphc.ops import registry
@@ -19,7 +20,7 @@ from passes.autodiff import Autodiff, differentiate
 from passes.base import Pipeline, verify_graph
 from passes.liveness import Storage, live_bytes, peak_bytes, storage_bytes, storages
 from passes.pipeline import BACKWARD, FORWARD
-from passes.plan_memory import PlanMemory, place, plan_memory
+from passes.plan_memory import MemoryPlan, PlanMemory, place, plan_memory
 from passes.schedule import Schedule
 from passes.set_mode import SetMode
 
@@ -321,6 +322,45 @@ def lenet_steps() -> dict[str, Graph]:
         optimizer.apply(graph, dict(zip(parameters, found, strict=True)))
         steps[name] = BACKWARD.run(graph)[0]
     return steps
+
+
+def planned(graph: Graph, batch: int, training: bool) -> tuple[MemoryPlan, MemoryPlan]:
+    """The plans that `gc.compile` makes, with groups of kernels and without; nothing is compiled.
+
+    Training: a step of gradient descent with momentum."""
+    wanted = ["loss"] if training else ["logits"]
+    loss, optimizer = ("loss", optim.SGD(0.1, momentum=0.9)) if training else (None, None)
+    rewrites = compiler.algorithms("cpu", "float32", training)
+    step, _ = compiler.transform(
+        graph, wanted, {"N": batch}, loss, (), optimizer, None, 0, rewrites
+    )
+    fused, _ = compiler.default_pipeline().run(step)
+    target.lower_graph(fused)
+    passes = compiler.memory_pipeline(threads=2)
+    plans = []
+    for pipeline in (passes, passes.without("parallelize")):
+        result, _ = pipeline.run(fused)
+        plans.append(result.annotations["memory"])
+    return plans[0], plans[1]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("build", "batch"),
+    [
+        (zoo.lenet5, 1),
+        (zoo.lenet5, 7),
+        (zoo.lenet5, 64),
+        pytest.param(zoo.resnet20, 1, marks=pytest.mark.slow),
+        (zoo.resnet20, 128),
+        pytest.param(zoo.resnet18, 8, marks=pytest.mark.slow),
+    ],
+)
+def test_networks_are_planned_within_5_percent_of_the_bound(build, batch, training):
+    """Of the kernels as they are: fused, in their layouts, scheduled, in groups or not."""
+    for plan in planned(build(), batch, training):
+        plan.check()
+        assert plan.arena_bytes <= 1.05 * plan.lower_bound
 
 
 @pytest.mark.parametrize("name", ["inference", "SGD", "Adam"])
