@@ -409,7 +409,7 @@ class _Fuser:
             found = []
             for v in node.inputs:
                 source = v.node
-                while is_view(source) and source.name not in unit_of:
+                while is_view(source):  # regions read what it shows, stored or not
                     source = viewed(source).node
                 found.append(source)
             return found
