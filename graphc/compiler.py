@@ -192,8 +192,10 @@ def _cpu_backend(
     from graphc.codegen import target as cpu_target
     from graphc.inspect.work import predicted_seconds
     from graphc.runtime.cpu import CpuExecutable
+    from graphc.runtime.linker import start_compiling
     from graphc.runtime.team import available_cores
 
+    start_compiling()
     cores, lanes = threads or available_cores(), cpu_target.host_lanes()
     choose, tuner = predicted_best, None
     if tune:

@@ -50,6 +50,11 @@ def increment(name: str, amount: int) -> KernelSource:
     return KernelSource(name, source)
 
 
+def job_of(source: KernelSource, cache: KernelCache) -> build.Job:
+    key = cache.key(source.source, source.signature, source.name)
+    return build.Job(key, source.name, source.source, source.signature)
+
+
 # ---- entries
 
 
@@ -408,7 +413,7 @@ def test_worker_that_dies_costs_nothing(
 
 
 def test_worker_protocol(cache: KernelCache) -> None:
-    """What `python -m graphc.runtime.worker` says, whatever the kernels print or fail with."""
+    """What `graphc/runtime/worker.py` says, whatever the kernels print or fail with."""
     process = build._start_process(str(cache.folder))
     assert process.stdout.readline() == b"ready\n"
     good = "print('noise')\n" + increment("good", 501).source
@@ -467,3 +472,31 @@ def test_script_without_main_guard(tmp_path: Path) -> None:
             check=True,
         )
         assert done.stdout == "once\n"
+
+
+def test_compiling_starts_before_the_kernels_are_known(cache: KernelCache) -> None:
+    """The process that compiles the driver meanwhile is the one that compiles kernels then."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(folder: str) -> "subprocess.Popen[bytes]":
+        started.append(start_process(folder))
+        return started[-1]
+
+    start_process = build._start_process
+    early = [job_of(increment(f"early{number}", 800 + number), cache) for number in range(2)]
+    later = [job_of(increment(f"later{number}", 810 + number), cache) for number in range(4)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "_start_process", start)
+        build.start_early(early, cache)
+        build.start_early(early, cache)
+        assert len(started) == 1
+        entries = build.compile_jobs([early[0], *later], cache, workers=1)
+    assert set(entries) == {job.key for job in (early[0], *later)}
+    assert len(started) == 1 and started[0].poll() is not None and build._early is None
+
+
+def test_early_process_of_another_cache_is_ended(cache: KernelCache, tmp_path: Path) -> None:
+    other = KernelCache(tmp_path / "other")
+    build.start_early([job_of(increment("elsewhere", 830), other)], other)
+    jobs = [job_of(increment(f"here{number}", 831 + number), cache) for number in range(2)]
+    assert len(build.compile_jobs(jobs, cache)) == 2 and build._early is None

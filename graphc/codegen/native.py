@@ -85,7 +85,7 @@ def compile_function(function: Any, signature: str = KERNEL_SIGNATURE) -> Compil
     flags.no_compile = True
     codegen = cpu_target.target_context.codegen()
     with global_compiler_lock:
-        for pipeline in (_KernelCompiler, Compiler):
+        for pipeline in (KernelCompiler, Compiler):
             library = ObjectLibrary(codegen, function.__qualname__)
             try:
                 compiled = compile_extra(
@@ -107,7 +107,7 @@ def compile_function(function: Any, signature: str = KERNEL_SIGNATURE) -> Compil
         return Compiled(compiled.fndesc.llvm_func_name, library)
 
 
-class _KernelCompiler(CompilerBase):
+class KernelCompiler(CompilerBase):
     def define_pipelines(self) -> list[PassManager]:
         passes = PassManager("kernel")
         passes.add_pass(TranslateByteCode, "bytecode")
@@ -142,7 +142,7 @@ class _TypingInOrder(FunctionPass):
         typing = _Typing(state)
         typing.run()
         state.typemap, state.calltypes = typing.types, typing.calls
-        state.return_type = types.none
+        state.return_type = typing.types.pop("return")
         state.metadata["direct"] = typing.assigned_once()
         return True
 
@@ -168,7 +168,7 @@ class _Typing:
                 elif isinstance(statement, ir.Branch):
                     self.type(statement.cond)
                 elif isinstance(statement, ir.Return):
-                    if self.type(statement.value) != types.none:
+                    if self.types.setdefault("return", kind := self.type(statement.value)) != kind:
                         raise _Unordered("not a kernel")
                 elif not isinstance(statement, (ir.Jump, ir.PopBlock)):
                     raise _Unordered("not a kernel")
@@ -236,8 +236,6 @@ class _Typing:
         raise _Unordered("not a kernel")
 
     def call(self, expr: ir.Expr, function, operands) -> types.Type:
-        if isinstance(function, types.Dispatcher):
-            raise _Unordered("not a kernel")
         key = (function, *map(self.type, operands))
         signature = _signatures.get(key)
         if signature is None:

@@ -16,6 +16,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from graphc.codegen.native import KernelCompiler
 from graphc.runtime.control import (
     ALONE,
     BARRIER,
@@ -53,7 +54,12 @@ from graphc.runtime.control import (
 )
 
 # Helpers are called by native code only: without the wrappers for Python they compile faster.
-native = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+native = njit(
+    error_model="numpy",
+    no_cpython_wrapper=True,
+    no_cfunc_wrapper=True,
+    pipeline_class=KernelCompiler,
+)
 
 _I8P = ir.IntType(8).as_pointer()
 _I32 = ir.IntType(32)

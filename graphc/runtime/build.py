@@ -1,12 +1,13 @@
 """Compiles kernels that no cache has: in this process, and in others beside it.
 
 Numba compiles under one lock, so only processes make it parallel. They are started as
-`python -m graphc.runtime.worker`, not by `multiprocessing`, which would run the user's `__main__`
+`python graphc/runtime/worker.py`, not by `multiprocessing`, which would run the user's `__main__`
 again: this works from a notebook, from standard input and from a script without a main guard.
 
 All take from one queue, the long kernels first. A worker is given a kernel only after it has
 imported Numba, and this process compiles meanwhile, so starting workers costs no waiting; and a
 worker that dies costs one kernel's time, as this process compiles what comes back unfinished.
+With an empty cache a first worker starts while passes still run (`start_early`).
 """
 
 import contextlib
@@ -40,6 +41,7 @@ PARALLEL_FROM: Final = 4  # kernels; fewer are compiled sooner than a worker has
 KERNELS_A_WORKER: Final = 3
 MAX_WORKERS: Final = 8  # each takes about 150 MB
 STALL_SECONDS: Final = 120.0
+IDLE_SECONDS: Final = 60.0  # how long a worker waits for its first kernels
 _numbered_process = 0
 
 
@@ -96,8 +98,9 @@ def compile_jobs(
     workers: int | None = None,
 ) -> dict[str, Entry]:
     """Compiles all jobs, by key. `progress` is called in this thread only."""
+    crew = _early_crew(cache) if workers != 0 else None
     if workers is None:
-        workers = _worker_count(len(jobs))
+        workers = max(_worker_count(len(jobs)), 1 if crew else 0)
     begin = time.perf_counter()
     entries: dict[str, Entry] = {}
 
@@ -116,8 +119,53 @@ def compile_jobs(
             folder = tempfile.mkdtemp(prefix="graphc-")
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             shared = KernelCache(folder)
-        _compile_parallel(jobs, cache, shared, workers, entries, record)
+        assert shared.folder is not None
+        crew = crew or _Crew(shared.folder)
+        stack.callback(crew.dismiss)
+        crew.assign(jobs)
+        crew.close()
+        crew.hire(workers)
+        _compile_parallel(jobs, cache, shared, crew, entries, record)
     return entries
+
+
+_early: "_Crew | None" = None
+_early_lock = threading.Lock()
+
+
+def start_early(jobs: Sequence[Job], cache: KernelCache) -> None:
+    """Begin to compile `jobs` in another process, which the next `compile_jobs` takes over.
+
+    It imports Numba while this process still finds out what else is to be compiled."""
+    global _early
+    if cache.folder is None or _worker_count(PARALLEL_FROM) == 0:
+        return
+    with _early_lock:
+        if _early is None:
+            _early = _Crew(cache.folder)
+            _early.assign(jobs)
+            _early.hire(1)
+
+
+def _early_crew(cache: KernelCache) -> "_Crew | None":
+    """The process that `start_early` has started for this cache, for the one who asks first."""
+    global _early
+    with _early_lock:
+        crew, _early = _early, None
+    if crew is not None and crew.folder != cache.folder:
+        crew.dismiss()
+        return None
+    return crew
+
+
+def _forget_early() -> None:
+    # After a fork: the processes and threads are the parent's.
+    global _early, _early_lock
+    _early, _early_lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_early)
 
 
 def _worker_count(jobs: int) -> int:
@@ -134,56 +182,92 @@ def _compile_parallel(
     jobs: Sequence[Job],
     cache: KernelCache,
     shared: KernelCache,
-    workers: int,
+    crew: "_Crew",
     entries: dict[str, Entry],
     record: Callable[[Job, Entry], None],
 ) -> None:
-    pending = deque(sorted(jobs, key=lambda job: -len(job.source)))
-    # What becomes of jobs that went to a worker: (job, whether the worker has stored it).
-    results: queue.SimpleQueue[tuple[Job, bool]] = queue.SimpleQueue()
-    helpers = [_Worker(shared.folder, pending, results) for _ in range(workers)]
+    wanted = {job.key for job in jobs}
 
     def take(job: Job, stored: bool) -> None:
-        entry = shared.get(job.key) if stored else None
-        record(job, entry or compile_job(job, cache))
+        if job.key in wanted:
+            entry = shared.get(job.key) if stored else None
+            record(job, entry or compile_job(job, cache))
 
-    try:
-        while len(entries) < len(jobs):
+    while len(entries) < len(jobs):
+        job = crew.take()
+        if job is None:
             try:
-                job = pending.popleft()
-            except IndexError:
-                try:
-                    take(*results.get(timeout=STALL_SECONDS))
-                except queue.Empty:
-                    log.warning("a compiling process does not answer; it is ended")
-                    for helper in helpers:
-                        helper.kill()
-                continue
-            record(job, compile_job(job, cache))
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    take(*results.get_nowait())
-    finally:
-        for helper in helpers:
-            helper.kill()
-        for helper in helpers:
-            helper.join()
+                take(*crew.results.get(timeout=STALL_SECONDS))
+            except queue.Empty:
+                log.warning("a compiling process does not answer; it is ended")
+                crew.kill()
+            continue
+        record(job, compile_job(job, cache))
+        with contextlib.suppress(queue.Empty):
+            while True:
+                take(*crew.results.get_nowait())
+
+
+class _Crew:
+    """Compiling processes, and the queue that they and their employer take jobs from."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # What becomes of jobs that went to a worker: (job, whether the worker has stored it).
+        self.results: queue.SimpleQueue[tuple[Job, bool]] = queue.SimpleQueue()
+        self._pending: deque[Job] = deque()
+        self._taken: set[str] = set()
+        self._closed = False
+        self._changed = threading.Condition()
+        self._workers: list[_Worker] = []
+
+    def hire(self, workers: int) -> None:
+        """Start processes until there are as many."""
+        working = sum(worker.alive for worker in self._workers)
+        self._workers += [_Worker(self) for _ in range(workers - working)]
+
+    def assign(self, jobs: Sequence[Job]) -> None:
+        """The jobs to do, instead of those that nobody has taken yet; the long ones first."""
+        with self._changed:
+            new = [job for job in jobs if job.key not in self._taken]
+            self._pending = deque(sorted(new, key=lambda job: -len(job.source)))
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """No more jobs will be assigned: workers need not wait for any."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def take(self, wait: float = 0.0) -> Job | None:
+        """The next job; None if there is none, in an open crew after `wait` seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._pending or self._closed, wait)
+            if not self._pending:
+                return None
+            self._taken.add(self._pending[0].key)
+            return self._pending.popleft()
+
+    def kill(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+
+    def dismiss(self) -> None:
+        """End all processes. What they store, they store atomically."""
+        self.close()
+        self.kill()
+        for worker in self._workers:
+            worker.join()
 
 
 class _Worker:
     """A compiling process and the thread that hands it one job after the other."""
 
-    def __init__(
-        self,
-        folder: Path | None,
-        pending: deque[Job],
-        results: "queue.SimpleQueue[tuple[Job, bool]]",
-    ) -> None:
-        self._pending = pending
-        self._results = results
+    def __init__(self, crew: _Crew) -> None:
+        self._crew = crew
         self._process: subprocess.Popen[bytes] | None = None
         try:
-            self._process = _start_process(str(folder))
+            self._process = _start_process(str(crew.folder))
         except OSError as error:
             log.warning("no compiling process can be started: %s", error)
             return
@@ -192,8 +276,11 @@ class _Worker:
         )
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._thread.is_alive()
+
     def kill(self) -> None:
-        """Ends the process at once; what it stores, it stores atomically."""
         if self._process is not None:
             self._process.kill()
 
@@ -207,11 +294,7 @@ class _Worker:
         assert process.stdin is not None and process.stdout is not None
         if process.stdout.readline() != b"ready\n":
             return
-        while True:
-            try:
-                job = self._pending.popleft()
-            except IndexError:
-                return
+        while (job := self._crew.take(IDLE_SECONDS)) is not None:
             stored = alive = False
             try:
                 process.stdin.write(json.dumps(job).encode() + b"\n")
@@ -221,9 +304,10 @@ class _Worker:
                 stored = answer == b"stored\n"
             except (OSError, ValueError):
                 pass
-            self._results.put((job, stored))
+            self._crew.results.put((job, stored))
             if not alive:
                 return
+        process.kill()  # it has nothing to do
 
 
 def _start_process(folder: str) -> "subprocess.Popen[bytes]":
@@ -231,7 +315,7 @@ def _start_process(folder: str) -> "subprocess.Popen[bytes]":
     root = str(Path(__file__).resolve().parents[2])
     search = [root, *(os.path.abspath(path) for path in sys.path if path)]
     return subprocess.Popen(
-        [sys.executable, "-m", "graphc.runtime.worker", os.path.abspath(folder)],
+        [sys.executable, str(Path(__file__).with_name("worker.py")), os.path.abspath(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=None if os.environ.get("GRAPHC_LOG") else subprocess.DEVNULL,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graphc.errors import GraphcError
-from graphc.runtime.build import Job, Progress, compile_jobs
+from graphc.runtime.build import Job, Progress, compile_jobs, start_early
 from graphc.runtime.cache import KERNEL_SIGNATURE, Entry, KernelCache, default_cache
 
 log = logging.getLogger("graphc.cache")
@@ -173,6 +173,22 @@ def load_kernels(
         addresses = tuple(_addresses[key] for key in keys)
     paths = tuple(cache.source_path(key) for key in keys)
     return LoadedKernels(tuple(sources), keys, addresses, paths, compiled)
+
+
+def start_compiling(cache: KernelCache | None = None) -> None:
+    """Compile the driver in another process if no cache has it.
+
+    A sign that the cache is empty: the process will soon be needed for kernels."""
+    from graphc.runtime.driver import driver_sources
+
+    cache = cache or default_cache()
+    jobs = [
+        Job(key, source.name, source.source, source.signature)
+        for source in driver_sources()
+        if (key := _key(source, cache)) not in _addresses and cache.get(key) is None
+    ]
+    if jobs:
+        start_early(jobs, cache)
 
 
 def _key(source: KernelSource, cache: KernelCache) -> str:
