@@ -92,7 +92,7 @@ def train(graph, batch: int, steps: int, order: str = "shuffled") -> None:
         "outputs": ["loss"],
         "dims": {"N": batch},
         "loss": "loss",
-        "optimizer": gc.optim.SGD(0.02, momentum=0.9),
+        "optimizer": gc.optim.SGD(0.01, momentum=0.9),
     }
     emulated = gc.compile(graph, target="cuda-emulated", **options)
     native = gc.compile(graph, **options)
@@ -113,7 +113,7 @@ def test_lenet_trains_ten_steps_like_the_cpu():
 
 @pytest.mark.slow
 def test_resnet20_trains_ten_steps_like_the_cpu():
-    train(gc.zoo.resnet20(), 3, 10)
+    train(gc.zoo.resnet20(), 4, 10)
 
 
 @pytest.mark.slow

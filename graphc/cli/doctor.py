@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import sys
@@ -120,17 +119,22 @@ def clear_cache() -> str:
 
 
 def _cuda(problems: list[str]) -> Iterator[Fact]:
-    try:
-        if importlib.util.find_spec("numba.cuda") is None:
-            raise ImportError("this Numba has no numba.cuda")
-        from numba import cuda
+    """None of it is needed for the CPU: nothing here is a problem."""
+    from graphc.codegen.cuda_build import EXTRA, require_numba_cuda
 
-        if not cuda.is_available():
-            yield "available", "no: no NVIDIA GPU with its driver and toolkit was found"
-            return
-        for device in cuda.gpus:
-            capability = ".".join(map(str, device.compute_capability))
-            name = device.name.decode() if isinstance(device.name, bytes) else device.name
-            yield f"device {device.id}", f"{name}, compute capability {capability}"
-    except Exception as error:  # drivers and toolkits fail in many ways; none concerns the CPU
-        yield "available", f"no: {type(error).__name__}: {error}"
+    try:
+        require_numba_cuda()
+    except GraphcError:
+        yield "numba-cuda", f"missing: {EXTRA}"
+        return
+    for name in ("numba-cuda", "cuda-bindings", "nvidia-nvvm"):
+        yield name, _version(name) or f"missing: {EXTRA}"
+    yield "emulation", "target='cuda-emulated' works without a GPU"
+    reports = [name for name in ("nvidia-cuda-nvcc", "nvidia-cuda-nvdisasm") if not _version(name)]
+    yield "reports", f"none: {', '.join(reports)} missing" if reports else "ptxas and nvdisasm"
+    try:
+        from graphc.runtime.cuda_driver import GpuDevice
+
+        yield from GpuDevice().facts()
+    except Exception as error:  # drivers fail in many ways
+        yield "device", f"none: {error}"

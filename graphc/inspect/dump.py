@@ -62,6 +62,8 @@ def _write_dump(executable: Executable, folder: Path) -> None:
     (folder / "index.html").write_text(passes.page(), encoding="utf-8")
     _write(folder / "passes.txt", (f"{n:02d} {r}" for n, r in enumerate(passes.records)))
     _write(folder / "explain.txt", [explain(executable).rstrip()])
+    if hasattr(executable, "steps"):
+        _write_cuda(executable, folder)
     if not hasattr(executable, "launches"):
         return
     _write(folder / "memory.txt", [str(memory(executable))])
@@ -74,6 +76,17 @@ def _write_dump(executable: Executable, folder: Path) -> None:
     for number, launch in enumerate(launched(executable)):
         path = folder / "kernels" / kernel_file(number, launch)
         path.write_text(runnable_source(launch), encoding="utf-8")
+
+
+def _write_cuda(executable: Any, folder: Path) -> None:
+    """Memory and kernels of a CUDA executable."""
+    from graphc.inspect.cuda import sources
+
+    _write(folder / "memory.txt", [str(memory(executable))])
+    (folder / "kernels").mkdir()
+    for number, (name, source) in enumerate(sources(executable)):
+        path = folder / "kernels" / f"{number:02d}_{file_name(name)}.py"
+        path.write_text(source, encoding="utf-8")
 
 
 class _Passes:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from graphc.inspect.cuda import headline as cuda_headline
 from graphc.inspect.kernels import kernels
 from graphc.inspect.text import size_text, time_text
 from graphc.inspect.work import stored_bytes
@@ -43,11 +44,19 @@ def sections(executable: Executable) -> dict[str, list[str]]:
             "Groups": _group_lines(graph),
             "Kernels": (line for i in kernels(executable) for line in str(i).split("\n")),
         }
+    elif hasattr(executable, "steps"):
+        found |= {
+            "Computed again instead of stored": _recomputed_lines(graph),
+            "Neighbours kept apart": _apart_lines(graph),
+            "Kernels": (line for i in executable.kernels() for line in str(i).split("\n")),
+        }
     return {title: list(lines) for title, lines in found.items()}
 
 
-def _headline(executable: Executable) -> str:
+def _headline(executable: Any) -> str:
     graph = executable.graph
+    if hasattr(executable, "steps"):
+        return cuda_headline(executable)
     if not hasattr(executable, "launches"):
         count = sum(n.op not in SOURCES for n in graph)
         return (

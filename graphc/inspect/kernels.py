@@ -101,7 +101,7 @@ def _kernels(executable: Executable) -> list[KernelInfo]:
                 node.origin.phase or "forward",
                 tuple(f"{n.name}: {n.op}" for n in fused_operators(node)),
                 node.origin.layer,
-                _layers(node),
+                layers(node),
                 paths.get(node.name, ""),
                 tuple((loop.name, loop.extent) for loop in launch.kernel.loops.values()),
                 schedule.lane,
@@ -117,7 +117,8 @@ def _kernels(executable: Executable) -> list[KernelInfo]:
     return found
 
 
-def _layers(node: Node) -> tuple[str, ...]:
+def layers(node: Node) -> tuple[str, ...]:
+    """The user's layers that a region computes for, the one that gives it its structure first."""
     converted = node.attrs.get("kind") == "convert_layout"  # its body has no origin of the user's
     nodes = [node] if converted else [node, *fused_operators(node)]
     return tuple(dict.fromkeys(n.origin.layer for n in nodes if n.origin.layer))

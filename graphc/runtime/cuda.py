@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from graphc import errors
 from graphc.codegen.cuda_program import CudaStep
 from graphc.interpreter import interpret
-from graphc.ir import ALIGNMENT, SOURCES, Graph, Value, block_bytes, root
+from graphc.ir import ALIGNMENT, SOURCES, Graph, Node, Value, block_bytes, root
 from graphc.runtime.build import Progress
 from graphc.runtime.cpu import difference
 from graphc.runtime.cuda_device import Device, DeviceCall, DeviceCopy, Operation
+from graphc.runtime.cuda_interop import Borrowed, DeviceArray, borrow, borrow_input
 from graphc.runtime.executable import Executable
 from graphc.runtime.inputs import checked_array, missing_input
+
+if TYPE_CHECKING:
+    from graphc.inspect.cuda import CudaKernelInfo
 
 
 class CudaExecutable(Executable):
@@ -88,12 +92,12 @@ class CudaExecutable(Executable):
             wanted.append((step.node.name, launch, tuple(types[b] for b in launch.buffers)))
         loaded = self.device.load(wanted, progress)
         self.compiled_kernels = loaded.compiled
-        self.kernel_paths: dict[str, str] = {}
+        self.kernel_files: dict[str, tuple[str, ...]] = {}
         once: list[Operation] = []
         every: list[Operation] = []
         for (step, launch), kernel, path in zip(rows, loaded.kernels, loaded.paths, strict=True):
             node = step.node
-            self.kernel_paths.setdefault(node.name, path)
+            self.kernel_files[node.name] = (*self.kernel_files.get(node.name, ()), path)
             addresses = [self._address(v) for v in (*node.inputs, *node.outputs)]
             if step.rendering.workspace:
                 addresses.append(self._arena + self.plan.workspace_offset(node))
@@ -125,10 +129,13 @@ class CudaExecutable(Executable):
         return [*reads, *writes]
 
     def run(
-        self, inputs: Mapping[str, Any], out: Mapping[str, np.ndarray] | None = None
-    ) -> dict[str, np.ndarray]:
-        if out is not None:
-            self._checked_out(out)
+        self, inputs: Mapping[str, Any], out: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Run one step.
+
+        Inputs and `out` may be arrays of other libraries on the device (`__cuda_array_interface__`,
+        DLPack): they are copied there, never through the host."""
+        targets = self._targets(out or {})
         if misnamed := self._misnamed(inputs):
             raise misnamed
         with self._lock:
@@ -136,13 +143,55 @@ class CudaExecutable(Executable):
                 array = inputs.get(name, node.attrs.get("default"))
                 if array is None:
                     raise missing_input(node)
-                self.device.stage(self._address(node[0]), checked_array(node, array))
+                self._receive(node, array)
             if self.check:
                 self._run_checked()
             else:
                 self._prepare()
                 self._every.run()
-            return self._results(out)
+            return self._results(out or {}, targets)
+
+    def _receive(self, node: Node, array: Any) -> None:
+        address, nbytes = self._address(node[0]), node.types[0].nbytes
+        borrowed = borrow_input(node, array)
+        if borrowed is None:
+            self.device.stage(address, checked_array(node, array))
+            return
+        self.device.copy(address, borrowed.address, nbytes, borrowed.stream)
+        self.device.synchronize()  # the owner may reuse the memory from now on
+        borrowed.release()
+
+    def _targets(self, out: Mapping[str, Any]) -> dict[str, Borrowed]:
+        """Those of `out` that lie on the device; the others are checked."""
+        found = {}
+        for name, array in out.items():
+            if name in self.graph.outputs:
+                borrowed = borrow(f"out[{name!r}]", self.graph.outputs[name].type, array)
+                if borrowed is not None:
+                    found[name] = borrowed
+        self._checked_out({n: array for n, array in out.items() if n not in found})
+        return found
+
+    def device_array(self, name: str) -> DeviceArray:
+        """An output, input, parameter or state where it lies on the device, without a copy.
+
+        Raises InputError for a name that the executable does not have."""
+        nodes = {**self.inputs, **self.state_nodes}
+        if name in self.graph.outputs:
+            value = self.graph.outputs[name]
+        elif name in nodes:
+            value = nodes[name][0]
+        else:
+            known = ", ".join([*self.graph.outputs, *nodes])
+            raise errors.InputError(f"there is no {name!r} on the device, but {known}")
+        return DeviceArray(
+            self,
+            self._address(value),
+            value.sizes,
+            value.dtype,
+            self.device.on_cpu,
+            self.device.synchronize,
+        )
 
     def _prepare(self) -> None:
         """Run what depends on parameters alone, if they have changed."""
@@ -150,13 +199,19 @@ class CudaExecutable(Executable):
             self._once.run()
             self._stale = False
 
-    def _results(self, out: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
-        outputs = {}
+    def _results(self, out: Mapping[str, Any], targets: dict[str, Borrowed]) -> dict[str, Any]:
+        outputs: dict[str, Any] = {}
         for name, value in self.graph.outputs.items():
-            array = out[name] if out is not None and name in out else None
-            if array is None:
-                array = np.empty(value.sizes, value.dtype)
-            self.device.read(self._address(value), array)
+            array = out[name] if name in out else np.empty(value.sizes, value.dtype)
+            if name in targets:
+                target = targets[name]
+                self.device.copy(
+                    target.address, self._address(value), value.type.nbytes, target.stream
+                )
+                self.device.synchronize()
+                target.release()
+            else:
+                self.device.read(self._address(value), array)
             outputs[name] = array
         return outputs
 
@@ -179,10 +234,10 @@ class CudaExecutable(Executable):
             expected = interpret(node.attrs["body"], named).outputs
             for i, value in enumerate(node.outputs):
                 if found := difference(self._get(value), expected[f"result{i}"]):
-                    path = self.kernel_paths.get(node.name, "-")
                     raise errors.CheckError(
                         f"{node.describe()}: the kernel's {value.name!r} {value.type} differs from "
-                        f"the interpreter: {found}; kernel source: {path}"
+                        f"the interpreter: {found}; kernel source: "
+                        f"{', '.join(self.kernel_files[node.name])}"
                     )
 
     def _read(self, name: str) -> np.ndarray:
@@ -191,6 +246,21 @@ class CudaExecutable(Executable):
     def _write(self, name: str, array: np.ndarray) -> None:
         self._put(self.state_nodes[name][0], array)
         self._stale = True
+
+    def kernels(self) -> list[CudaKernelInfo]:  # type: ignore[override]  # the CPU's have lanes
+        """What each kernel of a step computes and how it is launched, in order."""
+        from graphc.inspect.cuda import kernels
+
+        return kernels(self)
+
+    def profile(self, *args: Any, **kwargs: Any) -> Any:
+        """Not for this target.
+
+        Raises GraphcError: emulated threads take turns, and a step of a GPU is one launch."""
+        raise errors.GraphcError(
+            f"profile: launches of target={self.target!r} are not timed one by one; a GPU's are "
+            "seen by Nsight Systems, and compile with target='cpu' to profile a CPU"
+        )
 
     def poison(self) -> None:
         """Fill the activation arena with NaN.

@@ -49,6 +49,7 @@ class Device(ABC):
     """Memory, and a stream of work in order. Addresses are plain integers."""
 
     name: str
+    on_cpu = False  # whether its memory is the host's
 
     @abstractmethod
     def allocate(self, nbytes: int) -> int:
@@ -75,9 +76,7 @@ class Device(ABC):
         The array may change as soon as this returns."""
 
     @abstractmethod
-    def write_from_device(
-        self, address: int, source: int, nbytes: int, stream: int | None = None
-    ) -> None:
+    def copy(self, target: int, source: int, nbytes: int, stream: int | None = None) -> None:
         """Copy memory of the device, in stream order, after the work of another stream."""
 
     @abstractmethod
@@ -87,6 +86,10 @@ class Device(ABC):
     @abstractmethod
     def fill(self, address: int, nbytes: int, byte: int) -> None:
         """Set every byte, in stream order."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until all work is done."""
 
     @abstractmethod
     def program(self, operations: Sequence[Operation]) -> Program:

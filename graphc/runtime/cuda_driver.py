@@ -103,6 +103,18 @@ class GpuDevice(Device):
         self._pinned: dict[int, tuple[int, Any]] = {}  # by address: host memory, event of its copy
         self._functions: dict[int, Any] = {}
 
+    def facts(self) -> list[tuple[str, str]]:
+        """What `graphc doctor` says of the device, as (name, fact)."""
+        self.activate()
+        driver = self._call("cuDriverGetVersion")
+        free, total = self._call("cuMemGetInfo")
+        capability = ".".join(map(str, self.capability))
+        return [
+            ("device", f"{self.name}, compute capability {capability}"),
+            ("driver", f"for CUDA {driver // 1000}.{driver % 1000 // 10}"),
+            ("memory", f"{free / 1e6:,.0f} MB free of {total / 1e6:,.0f} MB"),
+        ]
+
     def _call(self, name: str, *arguments: Any) -> Any:
         """A function of the driver: its result, a tuple if it has several, None if none."""
         status, *results = getattr(self._driver, name)(*arguments)
@@ -148,14 +160,12 @@ class GpuDevice(Device):
         self._call("cuMemcpyHtoDAsync", address, memory, array.nbytes, self._stream)
         self._call("cuEventRecord", copied, self._stream)
 
-    def write_from_device(
-        self, address: int, source: int, nbytes: int, stream: int | None = None
-    ) -> None:
+    def copy(self, target: int, source: int, nbytes: int, stream: int | None = None) -> None:
         self.activate()
         if stream is not None:
             self._call("cuStreamSynchronize", stream)
         if nbytes:
-            self._call("cuMemcpyDtoDAsync", address, source, nbytes, self._stream)
+            self._call("cuMemcpyDtoDAsync", target, source, nbytes, self._stream)
 
     def read(self, address: int, array: np.ndarray) -> None:
         self.activate()
@@ -217,7 +227,7 @@ class GpuDevice(Device):
     def enqueue(self, operation: Operation) -> None:
         """Put a launch or copy into the stream."""
         if not isinstance(operation, DeviceCall):
-            self.write_from_device(operation.target, operation.source, operation.nbytes)
+            self.copy(operation.target, operation.source, operation.nbytes)
             return
         first = operation.parameters.ctypes.data
         places = first + 8 * np.arange(len(operation.parameters), dtype=np.int64)

@@ -23,6 +23,7 @@ class EmulatedDevice(Device):
     """Runs everything at once, in the thread that asks for it."""
 
     name = "emulated on the CPU"
+    on_cpu = True
 
     def __init__(self) -> None:
         require_numba_cuda()
@@ -56,16 +57,17 @@ class EmulatedDevice(Device):
 
     stage = write
 
-    def write_from_device(
-        self, address: int, source: int, nbytes: int, stream: int | None = None
-    ) -> None:
-        ctypes.memmove(address, source, nbytes)
+    def copy(self, target: int, source: int, nbytes: int, stream: int | None = None) -> None:
+        ctypes.memmove(target, source, nbytes)
 
     def read(self, address: int, array: np.ndarray) -> None:
         ctypes.memmove(array.ctypes.data, address, array.nbytes)
 
     def fill(self, address: int, nbytes: int, byte: int) -> None:
         ctypes.memset(address, byte, nbytes)
+
+    def synchronize(self) -> None:
+        pass  # every call returns when its work is done
 
     def program(self, operations: Sequence[Operation]) -> Program:
         return _EmulatedProgram(self.emulator, tuple(operations))
