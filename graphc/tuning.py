@@ -106,18 +106,28 @@ class Tuner:
         candidates = list(dict.fromkeys([predicted, *ranked]))[:ALGORITHMS]
         types = [str(v.type) for v in node.inputs]
         facts = [node.op, repr(sorted(node.attrs.items())), types, _learned(node.inputs[0])]
-        facts += [mode, self._training, sorted(candidates), _compiler_digest()]
+        facts += [mode, self._training, sorted(candidates), sorted(costs), _compiler_digest()]
         key = self._key(*facts)
 
         def build() -> list[Run]:
-            return [_LayerRun(self._program(node, algorithm, mode)) for algorithm in candidates]
+            return [_LayerRun(self._program(node, a, costs, mode)) for a in candidates]
 
         return self._choose(key, f"{node.name} algorithm", candidates, build)
 
-    def _program(self, node: Node, algorithm: str, mode: str) -> CpuExecutable:
+    def _program(
+        self, node: Node, algorithm: str, costs: dict[str, float], mode: str
+    ) -> CpuExecutable:
         """A program of one convolution alone; where it is differentiated after the choice, with its
         gradients."""
         from graphc import compiler
+
+        by_rows = any(a.endswith("rows") for a in costs)  # chosen before autodiff
+
+        def choose(other: Node, others: dict[str, float], mode: str) -> str:
+            """The algorithm where it is this choice; the gradients have choices of their own."""
+            if others.keys() == costs.keys():
+                return algorithm
+            return compiler.predicted_best(other, others, mode) if by_rows else "direct"
 
         g, images = Graph("candidate"), node.inputs[0].sizes[0]
         # Gradients have the sizes they were made for in their attributes.
@@ -134,7 +144,7 @@ class Tuner:
         y = apply(node.op, *operands, **node.attrs)[0]
         g.output(y=y)
         gradients: list[str] = []
-        if self._training and mode == "batch":
+        if self._training and by_rows:
             cotangent = g.input("cotangent", y.shape, y.dtype)
             g.output(loss=sum_of(y * cotangent))
             gradients = [v.name for v in operands[0 if _learned(node.inputs[0]) else 1 :]]
@@ -144,9 +154,7 @@ class Tuner:
             {"N": images} if batch == "N" else {},
             "loss" if gradients else None,
             gradients,
-            algorithms=compiler.algorithms(
-                "cpu", "float32", self._training, lambda *_: algorithm, mode
-            ),
+            algorithms=compiler.algorithms("cpu", "float32", self._training, choose, mode),
         )
         joint.annotations["batch"] = images
         fused, _ = compiler.default_pipeline().run(joint)
