@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +46,8 @@ def dump(executable: Executable, folder: str | os.PathLike[str]) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        _write_dump(executable, unfinished)
+        with _collector_paused():
+            _write_dump(executable, unfinished)
         unfinished.chmod(0o755)
         if target.exists():
             target.rmdir()
@@ -53,6 +56,19 @@ def dump(executable: Executable, folder: str | os.PathLike[str]) -> Path:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     return target
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Without Python's collector of cycles, which would walk all graphs again and again: it takes
+    a third of the time, and what it could free meanwhile is a few dozen megabytes."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _write_dump(executable: Executable, folder: Path) -> None:

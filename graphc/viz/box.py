@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from graphc.ir import ROWS, SOURCES, Graph, Node, TensorType, Value
 from graphc.viz.formats import fused_operators
@@ -21,8 +21,14 @@ class Box:
     """One node: lines of text, and for a fused node an inner box for each operator in it."""
 
     def __init__(
-        self, node: Node, graph: Graph, inlined: set[str], far: set[tuple[str, str]]
+        self,
+        node: Node,
+        inlined: set[str],
+        far: set[tuple[str, str]],
+        targets: Mapping[str, list[str]],
     ) -> None:
+        """inlined: nodes named where they are used. far: (from, to) of edges that are not drawn.
+        targets: see `update_targets`."""
         self.kind = "input" if node.op == "input" else phase_of(node)
         self.tooltip = f"{node.describe()}\n{node.origin.layer}"
         fused = fused_operators(node)
@@ -31,7 +37,7 @@ class Box:
         attributes = "" if node.op in (*SOURCES, "fused") else _attributes(node)
         self.details = [attributes] if attributes else []
         self.details += [_shorten(_type_and_layout(value)) for value in node.outputs[:3]]
-        self.notes = list(_notes(node, graph, inlined, far))
+        self.notes = list(_notes(node, inlined, far, targets.get(node.name, [])))
         self.inner = [_inner_line(n) for n in fused] if len(fused) > 1 else []
         self.size = self._measure()
 
@@ -83,7 +89,17 @@ class Box:
             yield Text(left, row, line, SMALL, faint)
 
 
-def _notes(node: Node, graph: Graph, inlined: set[str], far: set[tuple[str, str]]) -> Iterator[str]:
+def update_targets(graph: Graph) -> dict[str, list[str]]:
+    """The parameters and states that a node computes new values of, by name of the node."""
+    found: dict[str, list[str]] = {}
+    for name, value in graph.updates.items():
+        found.setdefault(value.node.name, []).append(name)
+    return found
+
+
+def _notes(
+    node: Node, inlined: set[str], far: set[tuple[str, str]], targets: list[str]
+) -> Iterator[str]:
     for value in node.inputs:
         source = value.node
         if source.op == "constant":
@@ -93,7 +109,6 @@ def _notes(node: Node, graph: Graph, inlined: set[str], far: set[tuple[str, str]
             yield _shorten(f"{name}  {value.type}")
         elif (source.name, node.name) in far:
             yield _shorten(f"↑ {value.name}  {value.type}")
-    targets = [name for name, value in graph.updates.items() if value.node is node]
     if targets:
         more = f" and {len(targets) - 2} more" if len(targets) > 2 else ""
         yield _shorten(f"→ {', '.join(targets[:2])}{more}")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from graphc.ir import Graph
 from graphc.viz.arrange import PAD, arrange
-from graphc.viz.box import SMALL, Box
+from graphc.viz.box import SMALL, Box, update_targets
 from graphc.viz.outline import Cells, Group, is_inlined, outline
 from graphc.viz.phases import COLOURS, EDGES, PHASES, phase_of
 from graphc.viz.scene import Curve, Painter, Rectangle, Shape, Text
@@ -30,7 +30,8 @@ def by_layers(
         for value in node.inputs
         if value.node.name in drawn
     )
-    boxes = {name: Box(node, graph, inlined, set()) for name, node in drawn.items()}
+    targets = update_targets(graph)
+    boxes = {name: Box(node, inlined, set(), targets) for name, node in drawn.items()}
     where = arrange(
         tree or outline([graph]),
         (cells or Cells())(graph),

@@ -14,7 +14,7 @@ from typing import Any
 
 from graphc.errors import GraphcError
 from graphc.ir import SOURCES, Graph
-from graphc.viz.box import BODY, Box
+from graphc.viz.box import BODY, Box, update_targets
 from graphc.viz.by_layers import by_layers
 from graphc.viz.formats import to_dot, to_graphml
 from graphc.viz.layout import layered, levels
@@ -103,8 +103,9 @@ def _by_rows(graph: Graph) -> tuple[float, float, Painter]:
     drawn = [node.name for node in graph if node.name not in inlined]
     level = levels([*drawn, *outputs], edges)
     far = {(a, b) for a, b in edges if level[b] - level[a] > _FAR and b not in outputs}
+    targets = update_targets(graph)
     boxes: dict[str, Box] = {
-        node.name: Box(node, graph, inlined, far) for node in graph if node.name not in inlined
+        node.name: Box(node, inlined, far, targets) for node in graph if node.name not in inlined
     }
     for key, value in outputs.items():
         boxes[key] = Box.pill(key.removeprefix("output "), value.type)

@@ -139,9 +139,8 @@ def _number(x: float) -> str:
 
 def _rectangle(r: Rectangle) -> str:
     body = (
-        f'<rect x="{_number(r.x)}" y="{_number(r.y)}" width="{_number(r.width)}" '
-        f'height="{_number(r.height)}" rx="{_number(r.radius)}" fill="{r.fill}" '
-        f'stroke="{r.stroke}"'
+        f'<rect x="{r.x:.1f}" y="{r.y:.1f}" width="{r.width:.1f}" height="{r.height:.1f}" '
+        f'rx="{r.radius:.1f}" fill="{r.fill}" stroke="{r.stroke}"'
     )
     return f"{body}><title>{escape(r.tooltip)}</title></rect>" if r.tooltip else f"{body}/>"
 
@@ -150,14 +149,14 @@ def _text(t: Text) -> str:
     weight = ' font-weight="bold"' if t.bold else ""
     anchor = f' text-anchor="{t.anchor}"' if t.anchor != "start" else ""
     return (
-        f'<text x="{_number(t.x)}" y="{_number(t.y)}" font-size="{_number(t.size)}" '
+        f'<text x="{t.x:.1f}" y="{t.y:.1f}" font-size="{_number(t.size)}" '
         f'fill="{t.fill}"{anchor}{weight}>{escape(t.text)}</text>'
     )
 
 
 def _curve(c: Curve) -> str:
     def at(*points: Point) -> str:
-        return " ".join(f"{_number(x)},{_number(y)}" for x, y in points)
+        return " ".join([f"{x:.1f},{y:.1f}" for x, y in points])
 
     path = f"M{at(c.points[0])} " + " ".join(f"C{at(*piece[1:])}" for piece in c.beziers())
     return (
