@@ -121,10 +121,7 @@ def compile(
         backend.lower(fused)
         planned, final = backend.place.run(fused, observer=observer)
         if limit is not None and planned.annotations["memory"].arena_bytes > limit:
-            # Values of a group all live at once, and grouping moves what is computed again.
-            repeat = Rematerialize(limit, backend.seconds, updates_in_place=True)
-            small = backend.place.without("parallelize").with_inserted(repeat, after="schedule")
-            planned, final = small.run(fused, observer=observer)
+            planned, final = _placed_within(limit, backend, fused, observer)
         return planned, (*records, *more, *final)
 
     if backend is None:
@@ -152,6 +149,25 @@ def _collector_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _placed_within(
+    limit: int, backend: _Backend, fused: Graph, observer: Observer | None
+) -> tuple[Graph, tuple[PassRecord, ...]]:
+    """The plan of a graph that computes values again. Raises CompileError.
+
+    Groups must not move what is computed again, and must go where they make the plan too large, as
+    all values of a group live at once."""
+    repeat = Rematerialize(limit, backend.seconds, updates_in_place=True)
+    small = backend.place.with_inserted(repeat, after="schedule")
+    if "parallelize" not in small.names:
+        return small.run(fused, observer=observer)
+    planned, records = small.with_options("parallelize", reorder=False).run(
+        fused, observer=observer
+    )
+    if planned.annotations["memory"].arena_bytes > limit:
+        planned, records = small.without("parallelize").run(fused, observer=observer)
+    return planned, records
 
 
 def _bytes(limit: int | str | None) -> int | None:

@@ -30,13 +30,14 @@ class Parallelize(Pass):
     threads: int = 1
     # A little more than a core's own cache: not all of a group is live at once.
     cache_bytes: int = 600_000
+    reorder: bool = True  # False: only kernels that follow each other already
 
     def run(self, graph: Graph) -> Graph:
         counts = {n.name: self.blocks(n) for n in graph if _runs(n)}
         for node in reversed(graph.nodes):
             if counts.get(node.name) and _expands_for_all(graph, node, counts):
                 counts[node.name] = None
-        new = graph.reordered(_Order(graph, counts).run())
+        new = graph.reordered(_Order(graph, counts).run() if self.reorder else graph.nodes)
         groups = _groups(new, counts)
         new.annotations["groups"] = tuple(
             (self._shares(new, blocks, names), names) for blocks, names in groups

@@ -154,16 +154,21 @@ def compiled(graph: Graph, batch: int, limit: int | str | None = None) -> Execut
     )
 
 
-@functools.cache
-def trained(name: str) -> tuple[Executable, Executable, int]:
-    """A training step as it is, in the least memory, and the bytes that the refusal names."""
-    build, batch = NETWORKS[name]
-    graph = build()
+def refused(graph: Graph, batch: int) -> int:
+    """The least bytes, which the refusal of one byte names."""
     with pytest.raises(errors.CompileError) as caught:
         compiled(graph, batch, 1)
     found = re.search(r"needs (\d+) bytes of activations at least \([\d.]+ MB\)", str(caught.value))
     assert found, str(caught.value)
-    smallest = int(found[1])
+    return int(found[1])
+
+
+@functools.cache
+def trained(name: str) -> tuple[Executable, Executable, int]:
+    """A training step as it is, in the least memory, and the bytes of that."""
+    build, batch = NETWORKS[name]
+    graph = build()
+    smallest = refused(graph, batch)
     return compiled(graph, batch), compiled(graph, batch, smallest), smallest
 
 
@@ -217,3 +222,18 @@ def test_the_refusal_says_where_memory_goes():
 def test_a_checked_executable_has_no_limit():
     with pytest.raises(errors.CompileError, match="check=True keeps every value"):
         gc.compile(zoo.lenet5(), outputs=["logits"], dims={"N": 1}, check=True, memory_limit="1MB")
+
+
+@pytest.mark.slow
+def test_kernels_run_block_by_block_under_a_limit():
+    """Where groups need no other order and no more memory."""
+    graph, batch = zoo.resnet20(), 16
+    plain = compiled(graph, batch)
+    limit = int(0.7 * plain.memory().arena_bytes)
+    small = compiled(graph, batch, limit)
+    assert small.graph.annotations["groups"] and small.memory().recomputed.nodes
+    assert small.memory().arena_bytes <= limit
+    feeds = networks.feeds(graph, batch)
+    for _ in range(3):
+        small.poison()
+        np.testing.assert_allclose(small.run(feeds)["loss"], plain.run(feeds)["loss"], rtol=1e-4)
