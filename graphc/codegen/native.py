@@ -291,7 +291,7 @@ class ObjectLibrary(CPUCodeLibrary):
     def emit(self) -> bytes:
         for library in self._linking_libraries:
             self._final_module.link_in(library._get_module_for_linking(), preserve=True)
-        options = llvm.create_pipeline_tuning_options(speed_level=2)
+        options = llvm.create_pipeline_tuning_options(speed_level=3)
         options.loop_unrolling = False
         options.loop_vectorization = False
         options.loop_interleaving = False
