@@ -86,17 +86,18 @@ def test_every_way_to_share_points(rng):
         assert not differences(exe.run(feeds), expected), order
 
 
-def train(graph, batch: int, steps: int, order: str = "shuffled") -> None:
+def train(graph, batch: int, steps: int, rate: float = 0.01, precision: str = "float32") -> None:
     """Losses of both targets on the same batches, and the state in the end."""
     options = {
         "outputs": ["loss"],
         "dims": {"N": batch},
         "loss": "loss",
-        "optimizer": gc.optim.SGD(0.01, momentum=0.9),
+        "optimizer": gc.optim.SGD(rate, momentum=0.9),
+        "precision": precision,
     }
     emulated = gc.compile(graph, target="cuda-emulated", **options)
     native = gc.compile(graph, **options)
-    emulated.device.emulator.order = order
+    emulated.device.emulator.order = "shuffled"
     for step in range(steps):
         emulated.poison()
         feeds = networks.feeds(graph, batch, seed=step)
@@ -113,7 +114,9 @@ def test_lenet_trains_ten_steps_like_the_cpu():
 
 @pytest.mark.slow
 def test_resnet20_trains_ten_steps_like_the_cpu():
-    train(gc.zoo.resnet20(), 4, 10)
+    """The CPU rounds as a direct convolution does: training multiplies any other rounding by more
+    than two a step, on random images."""
+    train(gc.zoo.resnet20(), 4, 10, rate=0.001, precision="strict")
 
 
 @pytest.mark.slow
@@ -128,6 +131,26 @@ def test_resnet20_trains_ten_steps_like_the_cpu():
 )
 def test_small_networks_train_like_the_cpu(build):
     train(build(), 3, 3)
+
+
+def test_kernels_are_readable(golden):
+    """Softmax by warps: two shared reductions, and a loop of its own for the result."""
+    g = gc.Graph("softmax")
+    g.output(y=gc.softmax(g.input("x", (50, 100)), -1))
+    exe = gc.compile(g, outputs=["y"], target="cuda-emulated")
+    (info,) = exe.kernels()
+    assert info.grids == ((7, 1, 1),) and info.blocks == ((256, 1, 1),)
+    golden("cuda_softmax.py", exe.steps[0].rendering.launches[0].source)
+
+
+def test_dump_and_explain(tmp_path):
+    exe = gc.compile(linear_graph(), outputs=["y"], dims={"N": 4}, target="cuda-emulated")
+    assert "linear on cuda-emulated (emulated on the CPU): 1 launches of 1 kernels" in exe.explain()
+    exe.dump(tmp_path / "dump")
+    assert "def kernel(" in (tmp_path / "dump/kernels/00_fc.py").read_text()
+    assert "activations" in (tmp_path / "dump/memory.txt").read_text()
+    with pytest.raises(errors.GraphcError, match="Nsight"):
+        exe.profile(x=np.zeros((4, 6), "f4"))
 
 
 def linear_graph():
