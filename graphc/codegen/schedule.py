@@ -57,7 +57,9 @@ def rank_schedules(
     schedules = []
     for tile in list(tiles)[:most]:
         counts = dict(tile)
-        trips = [math.ceil(kernel.loops[n].extent / counts.get(n, 1)) for n in outer]
+        # Loops that end early in their last block are not shared.
+        even = itertools.takewhile(lambda n: not kernel.loops[n].ragged, outer)
+        trips = [math.ceil(kernel.loops[n].extent / counts.get(n, 1)) for n in even]
         shared = 1 if blocks else _shared(trips, threads) if threads > 1 else 0
         around: tuple[str, ...] = ()
         order, first = outer, max(1, shared)  # threads do not share parts, whose sums are one
