@@ -123,7 +123,8 @@ class Adaptive:
         begin = time.perf_counter()
         self.alone.run()
         self.expected = min(self.expected, time.perf_counter() - begin)
-        self.trials -= 1
+        # Even a cold first call tells a program that is far too long to run alone.
+        self.trials = 0 if self.expected > 10 * self.SHORT else self.trials - 1
         if not self.trials and self.expected <= self.SHORT:
             self.together.set_limit(self.expected)
 
