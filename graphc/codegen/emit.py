@@ -16,6 +16,8 @@ from graphc.expr import Expr, Index
 
 # Loops this short are written with a constant bound, so that LLVM may unroll them.
 _UNROLL = 8
+# Any bound beyond the iterations of loops: only the lower bound counts.
+ENDLESS = 2**31 - 1
 _NOT_FINITE = {"nan": 'float("nan")', "inf": 'float("inf")', "minus_inf": '-float("inf")'}
 
 
@@ -165,8 +167,10 @@ class Emitter:
     def emit(self, expr: Expr, scope: Scope, splat: bool = False) -> Var:
         key = (id(expr), self.guard, splat and expr.op == "load")
         for known in scope.chain():
-            if key in known.values:
-                return known.values[key]
+            # What is known without the guard is known with it.
+            for same in (key, (key[0], "", key[2])):
+                if same in known.values:
+                    return known.values[same]
         home = self.home(self.kernel.free(expr), scope)
         if self.guard:
             home = scope
@@ -444,17 +448,27 @@ class Emitter:
             if (id(expr), number) in self.clipped:
                 continue
             name = self.fresh("at")
-            scope.add(f"{name} = {self.index(self.integer(index))}")
-            conditions.append(f"0 <= {name} < {extent}" if extent != 1 else f"{name} == 0")
+            shift = ""
+            if abs(index.constant) > 1:  # an argument, so that one kernel serves all sizes
+                shift = f" + {self.number(('shift', index.constant), 'shift', index.constant)}"
+                index = Index(index.terms)
+            scope.add(f"{name} = {self.index(self.integer(index) + shift)}")
+            if extent == 1:
+                conditions.append(f"{name} == 0")
+            elif extent >= ENDLESS:
+                conditions.append(f"{name} >= 0")
+            else:
+                size = self.number(("size", extent), "size", extent)
+                conditions.append(f"0 <= {name} < {size}")
         if not conditions:
             return self.emit(expr.args[0], scope)
         ok = self.fresh("inside")
         outer = f"{self.guard} and " if self.guard else ""
         scope.add(f"{ok} = {outer}{' and '.join(conditions)}")
+        outside = self.emit(expr.args[1], scope)
         before, self.guard = self.guard, ok
         inside = self.emit(expr.args[0], scope)
         self.guard = before
-        outside = self.emit(expr.args[1], scope)
         axes = self.axes(expr)
         select = self.factory("select", "v.select")
         a, b = self.spread(inside, axes, scope), self.spread(outside, axes, scope)

@@ -1,25 +1,34 @@
 """Cut a long sum into parts whose operands stay in the first cache, added up in the result.
 
-The gradient of a weight sums over the pixels of all images. Element by element, what a register
-tile reads would come from the second cache or further; part by part (some rows of one image), the
-operands of a part are read by all register tiles while they are near (Goto & van de Geijn 2008,
-"Anatomy of high-performance matrix multiplication", section 4, where the parts are panels).
+The gradient of a weight sums over the pixels of all images, a convolution over many channels.
+Element by element, what a register tile reads would come from the second cache or further; part by
+part (some rows of one image, some channels), the operands of a part are read by all register tiles
+while they are near (Goto & van de Geijn 2008, "Anatomy of high-performance matrix multiplication",
+section 4, where the parts are panels).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from graphc.codegen.emit import ENDLESS
 from graphc.codegen.kernel import Kernel, Loop, Store
 from graphc.expr import Expr, Index, within
 
-# Any number beyond the iterations of loops.
-_ENDLESS = 2**31 - 1
-
 
 def can_be_cut(kernel: Kernel, main: Expr) -> bool:
-    """Whether the kernel is one sum and nothing else: its result can hold what parts add up to."""
-    return len(kernel.stores) == 1 and kernel.stores[0].expr is main and not kernel.stores[0].loops
+    """Whether the kernel's only result can hold what parts add up to.
+
+    All that it computes is one sum, and functions of each element of it."""
+    sums = [e for e in kernel.expressions() if e.op == "reduce"]
+    if len(kernel.stores) != 1 or sums != [main]:
+        return False
+    (store,) = kernel.stores
+    return (
+        not store.loops
+        and store.expr.dtype == main.dtype
+        and {n for n, _ in store.access.strides} <= kernel.free(main)
+    )
 
 
 def ways_to_cut(kernel: Kernel, main: Expr, lane: str | None) -> Iterator[dict[str, int]]:
@@ -59,12 +68,29 @@ def cut(kernel: Kernel, kept: dict[str, int]) -> tuple[str, ...]:
             name = block
         outside.append(name)
     (store,) = kernel.stores
-    total, access = store.expr, store.access
+    (total,) = (e for e in kernel.expressions() if e.op == "reduce")
     loops = tuple(n for n in total.attributes["loops"] if n not in outside)
     part = Expr("reduce", total.args, total.dtype, {**total.attributes, "loops": loops})
-    before = Expr("load", (), total.dtype, {"access": access})
+    before = Expr("load", (), total.dtype, {"access": store.access})
     # Later parts find the sum of the earlier ones; the first one finds whatever lay there.
     later = sum((Index.of(n) for n in outside), Index((), -1))
-    kernel.stores = (Store(access, part + within(((later, _ENDLESS),), before, 0), store.loops),)
+    added = part + within(((later, ENDLESS),), before, 0)
+    result = _replaced(store.expr, total, added)
+    if result is not added:
+        last = tuple((Index.of(n) - (kernel.loops[n].extent - 1), 1) for n in outside)
+        result = within(last, result, added)
+    kernel.stores = (Store(store.access, result, store.loops),)
     kernel.outer = (*kernel.outer, *outside)
     return tuple(outside)
+
+
+def _replaced(expr: Expr, old: Expr, new: Expr) -> Expr:
+    """`expr` with `new` in place of `old`."""
+    known = {id(old): new}
+
+    def visit(e: Expr) -> Expr:
+        if id(e) not in known:
+            known[id(e)] = Expr(e.op, tuple(map(visit, e.args)), e.dtype, e.attributes)
+        return known[id(e)]
+
+    return visit(expr)

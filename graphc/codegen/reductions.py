@@ -6,6 +6,7 @@ Loops that carry accumulators, register tiles that fold, bounds that become limi
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from graphc.codegen.emit import Emitter, Scope, Var
 from graphc.codegen.kernel import Kernel, Schedule
 from graphc.expr import Expr, Index
 
+# Most iterations of an innermost loop that are written out.
+_WRITTEN = 7
 _IDENTITY = {"sum": 0.0, "prod": 1.0, "max": -math.inf, "min": math.inf}
 _COMBINE = {"sum": "add", "prod": "mul", "max": "maximum", "min": "minimum"}
 
@@ -52,12 +55,14 @@ class ReductionEmitter(Emitter):
             return self._reduce_unrolled(expr, scope)
         group = self._together(expr, scope, scope)
         plain = [n for n in loops if n != self.lane]
-        accumulators = []
-        for member in group:
-            accumulators.append(self._start(member, scope))
-        inner = self.open_loops(scope, plain, self._clips(group, loops))
-        for member, names in zip(group, accumulators, strict=True):
-            self._accumulate(member, names, inner)
+        accumulators = [self._start(member, scope) for member in group]
+        clips = self._clips(group, loops)
+        written = [n for n in plain[-1:] if n not in clips and self._is_written_out(n, group)]
+        inner = self.open_loops(scope, plain[: len(plain) - len(written)], clips)
+        for step in self._written_out(inner, written[0]) if written else [inner]:
+            for member, names in zip(group, accumulators, strict=True):
+                self._accumulate(member, names, step)
+            self.close(step, inner)
         self.close(inner, scope)
         for member, names in zip(group, accumulators, strict=True):
             scope.values[(id(member), self.guard, False)] = self._finish_reduce(
@@ -97,6 +102,25 @@ class ReductionEmitter(Emitter):
             Expr("constant", (), body.dtype, {"value": identity}), scope
         ).name
         return [declare(start, body.dtype)]
+
+    def _is_written_out(self, loop: str, group: list[Expr]) -> bool:
+        """Whether a kernel's few taps are lines of code; a loop would cost too much."""
+        info, product = self.kernel.loops[loop], self._product(group[0].args[0])
+        if len(group) > 1 or product is None or not info.extent <= _WRITTEN:
+            return False
+        if info.ragged or info.block is not None or not self.axes(group[0]):
+            return False
+        # Registers to spare for operands of the next line, which LLVM loads early.
+        values = [math.prod(self._counts(self.axes(factor))) for factor in product]
+        used = math.prod(self._counts(self.axes(group[0]))) + min(values) + 1
+        return used + 2 <= (32 if self.lanes in (4, 16) else 16)
+
+    def _written_out(self, scope: Scope, loop: str) -> Iterator[Scope]:
+        """A scope for each iteration of a loop, one after the other in the code."""
+        for position in range(self.kernel.loops[loop].extent):
+            step = Scope(scope, scope.bound | {loop}, scope.depth)
+            step.add(f"{loop} = {position}")
+            yield step
 
     def _accumulate(self, expr: Expr, names: list[Var], scope: Scope) -> None:
         body, axes, combine = expr.args[0], self.axes(expr), expr.attributes["combine"]

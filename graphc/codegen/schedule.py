@@ -22,6 +22,8 @@ from graphc.codegen.tile_cost import (
 )
 from graphc.expr import Expr
 
+# Cycles of a multiply-add that leave nothing to gain from cutting a sum into parts.
+_GOOD = 0.56
 _COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14)
 
 
@@ -51,8 +53,10 @@ def rank_schedules(
     if lane or main:
         tiles = _rank_tiles(kernel, lane, lanes, fixed, {blocks: together}, outer)
     outside: tuple[str, ...] = ()
-    if main and not blocks and parts.can_be_cut(kernel, main):
-        kept, tiles = _choose_parts(kernel, main, lane, lanes, fixed, outer, tiles)
+    if main and min(tiles.values()) > _GOOD and parts.can_be_cut(kernel, main):
+        kept, tiles = _choose_parts(
+            kernel, main, lane, lanes, fixed, {blocks: together}, outer, tiles
+        )
         outside = parts.cut(kernel, kept) if kept else ()
     schedules = []
     for tile in list(tiles)[:most]:
@@ -144,8 +148,9 @@ def _in_argmax(kernel: Kernel) -> set[str]:
 def collapse(kernel: Kernel, fixed: set[str]) -> None:
     """Merge neighbouring outer loops that every access walks through without a gap.
 
-    Elementwise kernels become one flat loop, the same for every shape."""
-    if any(e.op in ("reduce", "position") for e in kernel.expressions()):
+    Elementwise kernels become one flat loop, the same for every shape; a 1x1 convolution has one
+    loop over pixels."""
+    if any(e.op == "position" for e in kernel.expressions()):
         return
     accesses = [e.attributes["access"] for e in loads(kernel)] + [s.access for s in kernel.stores]
     lanes = {a.padded for a in accesses if a.padded}
@@ -330,8 +335,9 @@ def _rank_tiles(
         ):
             candidates.append(block)
     if kept:
-        limits = {**limits, **{n: kernel.loops[n].extent for n in candidates}}
-    cost = TileCost(kernel, main, operands, order, lane, lanes, kept)
+        limits = {**{n: kernel.loops[n].extent for n in candidates}, **limits}
+    shared = next((n for n in limits if n), None)
+    cost = TileCost(kernel, main, operands, order, lane, lanes, kept, shared)
     costs: dict[Tile, float] = {}
     for pair in itertools.combinations(candidates, min(2, len(candidates))):
         for counts in itertools.product(*[_options(kernel, n, limits) for n in pair]):
@@ -350,6 +356,7 @@ def _choose_parts(
     lane: str | None,
     lanes: int,
     fixed: set[str],
+    limits: dict[str | None, int],
     order: tuple[str, ...],
     tiles: dict[Tile, float],
 ) -> tuple[dict[str, int], dict[Tile, float]]:
@@ -359,13 +366,14 @@ def _choose_parts(
     if not ways or lane is None:
         return {}, tiles
     factors = [_operand(factor) for factor in _factors(main)]
-    costs = [TileCost(kernel, main, factors, order, lane, lanes, kept) for kept in ways]
+    shared = next((n for n in limits if n), None)
+    costs = [TileCost(kernel, main, factors, order, lane, lanes, kept, shared) for kept in ways]
     # The best tile for the smallest parts, the best parts for this tile, the best tile for those.
     kept = ways[-1]
     for _ in range(2):
-        tile = next(iter(_rank_tiles(kernel, lane, lanes, fixed, {}, order, kept)))
+        tile = next(iter(_rank_tiles(kernel, lane, lanes, fixed, limits, order, kept)))
         kept = ways[min(range(len(ways)), key=lambda way: costs[way](tile))]
-    cut = _rank_tiles(kernel, lane, lanes, fixed, {}, order, kept)
+    cut = _rank_tiles(kernel, lane, lanes, fixed, limits, order, kept)
     return (kept, cut) if min(cut.values()) < 0.95 * min(tiles.values()) else ({}, tiles)
 
 

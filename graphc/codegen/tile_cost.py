@@ -18,16 +18,22 @@ Tile = tuple[tuple[str, int], ...]
 # What a tile may keep in the first and second cache, and what a core gets from the next one.
 _LINE_BYTES = 64.0
 _L1_BYTES = 28_000
+# Operands of a part share the first cache with those of the next tiles, which arrive meanwhile.
+_PART_BYTES = 14_000
 _L2_BYTES = 400_000
 L2_BYTES_PER_CYCLE = 24.0
 L3_BYTES_PER_CYCLE = 9.0
+# Separate pieces of a large operand that the hardware fetches ahead of time; each one more stalls.
+_STREAMS = 24
+_MISS_CYCLES = 50.0
 
 
 class TileCost:
     """Cycles per useful multiply-add of the register tiles of a kernel's main reduction.
 
     `factors` are the accesses behind either factor of its product, `order` the outer loops as
-    nested. A tile runs the whole reduction, or a part of it, of `kept` iterations of its loops."""
+    nested. A tile runs the whole reduction, or a part of it, of `kept` iterations of its loops.
+    `shared`: the loop of which a kernel in a group runs one iteration at a time."""
 
     def __init__(
         self,
@@ -38,18 +44,25 @@ class TileCost:
         lane: str | None,
         lanes: int,
         kept: Mapping[str, int] | None = None,
+        shared: str | None = None,
     ):
         self.extents = {n: loop.extent for n, loop in kernel.loops.items()}
         inside = {n: (kept or {}).get(n, self.extents[n]) for n in main.attributes["loops"]}
         self.lane_is_reduced = inside.pop(lane, 0) > 0
         self.steps = math.prod(inside.values())
         self.parts = bool(kept)
+        self.first_cache = _PART_BYTES if kept else _L1_BYTES
         self.registers = 32 if lanes in (4, 16) else 16
         self.inner_first = [n for n in reversed(order) if n != lane]
         reach = {**inside, lane: lanes} if lane else inside
         self.factors = [[_Access(a, reach, lane, lanes) for a in accesses] for accesses in factors]
         self.reads = [read for reads in self.factors for read in reads]
         self.results = [_Access(s.access, {lane: lanes}, lane, lanes) for s in kernel.stores]
+        run = {n: extent for n, extent in self.extents.items() if n != shared}
+        inner = self.inner_first[:1]
+        self.streamed = [
+            r for r in self.reads if r.spread(run) > _L2_BYTES and {*inner} & {*r.strides}
+        ]
 
     def __call__(self, tile: Tile) -> float:
         accumulators = math.prod(c for _, c in tile)
@@ -62,8 +75,9 @@ class TileCost:
         if self.lane_is_reduced:
             outside += 4.0 * accumulators
         if self.parts:
-            outside += 2.0 * accumulators + 2.0 * stored / L2_BYTES_PER_CYCLE
-        cycles = max(issue, memory) + 0.15 * min(issue, memory) + outside
+            outside += 0.4 * accumulators - 9.0 + 0.5 * stored / L2_BYTES_PER_CYCLE
+        pieces = sum(max(0, read.pieces(dict(tile)) - _STREAMS) for read in self.streamed)
+        cycles = max(issue, memory) + 0.15 * min(issue, memory) + outside + _MISS_CYCLES * pieces
         waste = math.prod(-(-self.extents[n] // c) * c / self.extents[n] for n, c in tile)
         return cycles / (accumulators * self.steps) * waste
 
@@ -94,7 +108,7 @@ class TileCost:
         bytes_ = self._bytes(counts)
         if bytes_ > _L2_BYTES:
             return bytes_ / L3_BYTES_PER_CYCLE
-        if bytes_ > _L1_BYTES:
+        if bytes_ > self.first_cache:
             return bytes_ / L2_BYTES_PER_CYCLE
         tiles = 1
         for n in self.inner_first:
@@ -102,7 +116,7 @@ class TileCost:
             if count >= extent:
                 continue
             whole = self._bytes({**counts, n: extent})
-            if whole > _L1_BYTES:
+            if whole > self.first_cache:
                 bytes_ = self._bytes({**counts, n: 2 * count}) - bytes_
                 break
             tiles *= -(-extent // count)
@@ -129,16 +143,27 @@ class _Access:
         for n, stride in self.strides.items():
             if n in reach:
                 self.reach[stride] = self.reach.get(stride, 1) + reach[n] - 1
-        self.known: dict[tuple[int, ...], float] = {}
+        self.known: dict[tuple[int, ...], tuple[float, int]] = {}
+
+    def spread(self, extents: Mapping[str, int]) -> int:
+        """Bytes from the first to the last element that the whole kernel touches."""
+        return 4 * sum(s * (extents[n] - 1) for n, s in self.strides.items() if n in extents)
 
     def bytes(self, counts: Mapping[str, int]) -> float:
         """Bytes in the cache lines that one tile touches."""
+        return self._found(counts)[0]
+
+    def pieces(self, counts: Mapping[str, int]) -> int:
+        """How many separate pieces of memory one tile touches."""
+        return self._found(counts)[1]
+
+    def _found(self, counts: Mapping[str, int]) -> tuple[float, int]:
         key = tuple(counts.get(n, 1) for n in self.outer)
         if key not in self.known:
             self.known[key] = self._touched(key)
         return self.known[key]
 
-    def _touched(self, counts: tuple[int, ...]) -> float:
+    def _touched(self, counts: tuple[int, ...]) -> tuple[float, int]:
         reach = dict(self.reach)
         for n, count in zip(self.outer, counts, strict=True):
             stride = self.strides[n]
@@ -151,10 +176,12 @@ class _Access:
                 runs[-1:] = [(step, length + (extent - 1) * (stride // step))]
             else:
                 runs.append((stride, extent))
-        size = 4.0
+        size, pieces = 4.0, 1
         for step, length in runs:
+            if 4.0 * step > max(size, _LINE_BYTES):
+                pieces *= length
             size = length * max(size, min(4.0 * step, _LINE_BYTES))
-        return max(size, _LINE_BYTES)
+        return max(size, _LINE_BYTES), pieces
 
 
 def all_bytes(kernel: Kernel, access: Access) -> float:

@@ -1,0 +1,49 @@
+"""Convolutions whose sums over channels are cut into parts (`graphc.codegen.parts`)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import graphc as gc
+
+# (images, channels, height and width, output channels, kernel, stride, bias)
+CASES = {
+    "many channels": (1, 1024, 14, 64, 1, 1, False),
+    "ragged channels": (1, 1032, 14, 36, 1, 1, True),
+    "several images": (4, 768, 14, 40, 1, 1, True),
+    "taps": (2, 256, 14, 64, 3, 2, False),
+}
+
+
+def convolution(channels, size, out_channels, kernel, stride, bias):
+    g = gc.Graph("parts")
+    x = g.input("x", ("N", channels, size, size))
+    h = gc.nn.conv2d(
+        x, out_channels, kernel, stride=stride, padding=kernel // 2, bias=bias, name="conv"
+    )
+    g.output(y=gc.relu(h))
+    return g
+
+
+@pytest.mark.parametrize("threads", (1, 2))
+@pytest.mark.parametrize("case", CASES)
+def test_parts_add_up(case, threads):
+    images, channels, size, *rest = CASES[case]
+    g = convolution(channels, size, *rest)
+    exe = gc.compile(
+        g,
+        outputs=["y"],
+        dims={"N": images},
+        threads=threads,
+        precision="strict",
+        pipeline=gc.default_pipeline("channels"),
+    )
+    parts = {n for launch in exe.launches for n in launch.schedule.order if n[0] == "r"}
+    assert parts, "no sum was cut"
+    known = gc.compile(g, outputs=["y"], dims={"N": images}, target="interpret")
+    exe.load_state(known.state())
+    x = np.random.default_rng(0).standard_normal((images, channels, size, size), np.float32)
+    expected = known(x=x)["y"]
+    for _ in range(2):  # the second time the result's memory holds the first one's sums
+        assert np.abs(exe(x=x)["y"] - expected).max() < 1e-5 * np.abs(expected).max()
