@@ -22,6 +22,7 @@ from graphc.bench.machine import Machine, cache_sizes, machine_limits
 from graphc.codegen.kernel import Kernel, Loop
 from graphc.errors import GraphcError, InputError
 from graphc.inspect import dump, explain
+from graphc.inspect.recomputed import recomputed
 from graphc.inspect.work import contraction_flops, kernel_flops, points
 from graphc.ir import SOURCES
 
@@ -171,23 +172,35 @@ def test_every_pair_of_neighbours_has_a_reason(step):
 
 
 def test_explain_says_what_is_computed_again():
-    """The mask of a relu that two kernels of the backward pass need."""
+    """A batch norm's normalised values, which forward and backward kernels need, and no others."""
     g = gc.Graph("twice")
-    x, label = g.input("x", ("N", 6)), g.input("label", ("N",), dtype="int32")
-    h = gc.relu(gc.nn.linear(x, 7, name="a"), name="mask")
-    g.output(loss=gc.softmax_cross_entropy(gc.nn.linear(h, 3, name="b"), label))
+    x, label = g.input("x", ("N", 4, 8, 8)), g.input("label", ("N",), dtype="int32")
+    h = gc.nn.conv2d(x, 8, 3, padding=1, bias=False, name="conv")
+    h = gc.relu(gc.nn.batch_norm2d(h, name="bn"), name="relu")
+    logits = gc.nn.linear(gc.flatten(gc.global_avg_pool2d(h)), 3, name="fc")
+    g.output(loss=gc.softmax_cross_entropy(logits, label))
     exe = gc.compile(
         g, outputs=["loss"], dims={"N": 16}, loss="loss", optimizer=gc.optim.SGD(0.1), threads=1
     )
-    places = {}
-    for info in exe.kernels():
-        for operator in info.nodes:
-            places.setdefault(operator, []).append(info.name)
-    again = explain.recomputed(exe.graph)
+    again, kernels = recomputed(exe.graph), {info.name: info for info in exe.kernels()}
+    assert again
     for name, where in again.items():
-        (operator,) = (o for o in places if o.startswith(f"{name}: "))
-        assert tuple(places[operator]) == where and len(where) > 1
+        assert len(set(where)) == len(where) > 1
+        op = next(o for o in kernels[where[0]].nodes if o.startswith(f"{name}: ")).split(": ")[1]
+        assert all(any(o.endswith(f": {op}") for o in kernels[k].nodes) for k in where)
         assert f"{name}: by {', '.join(where)}" in exe.explain()
+
+
+def test_only_equal_values_are_computed_again():
+    """Two kernels of one operator that read different values, or differ in an attribute."""
+    g = gc.Graph("values")
+    x, y = g.input("x", (16,)), g.input("y", (16,))
+    shared = gc.exp(x, name="shared")
+    kept = gc.sum(shared) + gc.sum(gc.exp(y, name="other"))
+    g.output(kept=kept, low=gc.clip(x, 0, 1, name="low"), high=gc.clip(x, 0, 2, name="high"))
+    pipeline = gc.default_pipeline().with_options("fuse", enabled=False)
+    exe = gc.compile(g, outputs=["kept", "low", "high"], threads=1, pipeline=pipeline)
+    assert recomputed(exe.graph) == {}
 
 
 def test_algorithms_are_listed_with_predicted_times():

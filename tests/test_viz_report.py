@@ -14,7 +14,8 @@ import pytest
 from browser import headless, open_report
 
 import graphc as gc
-from graphc.inspect.explain import kept_apart, recomputed
+from graphc.inspect.explain import kept_apart
+from graphc.inspect.recomputed import recomputed
 from graphc.inspect.trace import boxes
 from graphc.inspect.work import stored_bytes
 from graphc.ir import SOURCES

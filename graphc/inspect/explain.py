@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from graphc.inspect.cuda import headline as cuda_headline
 from graphc.inspect.kernels import kernels
+from graphc.inspect.recomputed import recomputed
 from graphc.inspect.text import size_text, time_text
 from graphc.inspect.work import stored_bytes
 from graphc.ir import SOURCES, Graph, Node, root
-from graphc.ops.registry import get
 from graphc.viz.formats import fused_operators
 
 if TYPE_CHECKING:
@@ -175,24 +175,10 @@ def _kind(node: Node) -> str:
 # ---- fusion
 
 
-def recomputed(graph: Graph) -> dict[str, tuple[str, ...]]:
-    """Operators that several kernels compute, each for itself, with the names of the kernels.
-
-    Index maps (a transposition, a slice) are left out: reading through them costs nothing."""
-    places: dict[str, list[str]] = {}
-    computing: set[str] = set()
-    for node in graph:
-        for inner in fused_operators(node):
-            places.setdefault(inner.name, []).append(node.name)
-            if get(inner.op).elementwise:
-                computing.add(inner.name)
-    return {n: tuple(where) for n, where in places.items() if len(where) > 1 and n in computing}
-
-
 def _recomputed_lines(graph: Graph) -> Iterator[str]:
     found = recomputed(graph)
     for name, where in found.items():
-        yield f"{name}: by {', '.join(where)}: it costs no more than reading its result would"
+        yield f"{name}: by {', '.join(where)}: predicted to cost less than to keep and read it"
     if not found:
         yield "nothing"
 

@@ -15,11 +15,11 @@ from graphc.inspect.explain import (
     conversion_reason,
     convolution_choices,
     kept_apart,
-    recomputed,
     sections,
 )
 from graphc.inspect.kernels import kernels, launched
 from graphc.inspect.memory import memory
+from graphc.inspect.recomputed import recomputed
 from graphc.inspect.trace import boxes
 from graphc.inspect.work import stored_bytes
 from graphc.ir import Graph, Node, Value
