@@ -41,6 +41,7 @@ from passes.winograd_convolutions import WinogradConvolutions
 
 TARGETS = ("cpu", "cuda", "cuda-emulated", "interpret")
 PRECISIONS = ("float32", "strict")
+TENSOR_PRECISIONS = ("tf32", "bfloat16")  # of the CUDA targets
 log = logging.getLogger("graphc.kernels")
 
 
@@ -74,7 +75,9 @@ def compile(
     threads    threads of one call; default: every core this process may use
     memory_limit  most bytes of activations, e.g. "200MB"; the cheapest values are computed again
                   until the plan fits, or the graph is refused with the least that is possible
-    precision  "float32"; "strict" forbids algorithms that round more than a direct convolution
+    precision  "float32"; "strict" forbids algorithms that round more than a direct convolution;
+               "tf32" and "bfloat16" (CUDA targets): large products on tensor cores, their factors
+               rounded to 10 or 7 bits after the point, sums in float32
     mode       "train" or "infer", for batch norm and dropout; default: train where a loss is
                differentiated, else infer
     tune       measure algorithms and register tiles instead of predicting them; remembers what was
@@ -85,7 +88,7 @@ def compile(
 
     Raises GraphcError subclasses, each naming the node and what to change.
     """
-    _check_options(target, threads, precision, mode, outputs, gradients, optimizer, tune)
+    _check_options(target, threads, precision, mode, outputs, gradients, optimizer, check, tune)
     if check and memory_limit is not None:
         raise errors.CompileError(
             "check=True keeps every value in memory of its own: leave memory_limit out"
@@ -416,15 +419,22 @@ def _check_options(
     outputs: Sequence[str],
     gradients: Sequence[str],
     optimizer: Any,
+    check: bool,
     tune: bool,
 ) -> None:
     if target not in TARGETS:
         raise errors.CompileError(
             f"target={target!r}: this version compiles for {', '.join(map(repr, TARGETS))}"
         )
-    if precision not in PRECISIONS:
+    known = (*PRECISIONS, *(TENSOR_PRECISIONS if target.startswith("cuda") else ()))
+    if precision not in known:
         raise errors.CompileError(
-            f"precision={precision!r}: this version has {', '.join(map(repr, PRECISIONS))}"
+            f"precision={precision!r}: target={target!r} has {', '.join(map(repr, known))}"
+        )
+    if check and precision in TENSOR_PRECISIONS:
+        raise errors.CompileError(
+            f"check=True compares kernels in float32, precision={precision!r} rounds their "
+            "operands: leave one of them out"
         )
     if mode not in (None, "train", "infer"):
         raise errors.CompileError(f"mode={mode!r}: use 'train', 'infer' or None")

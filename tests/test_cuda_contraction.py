@@ -14,7 +14,7 @@ import graphc as gc
 from graphc.codegen import cuda_contraction, cuda_generic
 from graphc.codegen.contraction import find_contraction
 from graphc.codegen.cuda import Rendering
-from graphc.codegen.cuda_tiles import TILES, Tile, choose_tile
+from graphc.codegen.cuda_tiles import TENSOR_TILES, TILES, TensorTile, Tile, choose_tile
 from graphc.codegen.kernel import Kernel
 from graphc.codegen.program import lower_node
 from graphc.interpreter import interpret
@@ -94,6 +94,46 @@ def gradient(of: str, image, weight, **geometry) -> Graph:
     g.output(loss=gc.sum(gc.mul(g.outputs["y"], g.input("g", g.outputs["y"].sizes))))
     joint, _ = transform(g, [], {}, "loss", [of])
     return joint
+
+
+# Of factors with 10 bits after the point, or 7, a sum of products of numbers around 1.
+ROUNDED = {"tf32": 2e-3, "bfloat16": 2e-2}
+
+
+@pytest.mark.parametrize("precision", ROUNDED)
+def test_tensor_cores(precision):
+    """Exact on numbers that the precision holds; else as far off as its rounding says."""
+    (node,) = regions(matrix_product((70, 37), (37, 66)))
+    kernel = lower_node(node)
+    c = find_contraction(kernel.copy())
+    assert c is not None
+    tile = TensorTile(128, 128, 16, 8, precision)
+    run = Emulated(node, kernel, cuda_contraction.render_tiled(c, tile, 1))
+    rng = np.random.default_rng(0)
+    whole = [rng.integers(-8, 9, v.sizes).astype("float32") for v in node.inputs]
+    for order in ORDERS:
+        np.testing.assert_array_equal(run.run(whole, order)[0], whole[0] @ whole[1])
+    arrays = [rng.standard_normal(v.sizes).astype("float32") for v in node.inputs]
+    expected = arrays[0].astype("float64") @ arrays[1]
+    error = np.abs(run.run(arrays)[0] - expected).max() / np.abs(expected).max()
+    assert ROUNDED[precision] / 100 < error < ROUNDED[precision]
+
+
+def test_precision_is_an_option_of_the_cuda_targets():
+    graph = matrix_product((192, 160), (160, 256))
+    rng = np.random.default_rng(0)
+    feeds = {"a": rng.standard_normal((192, 160)), "b": rng.standard_normal((160, 256))}
+    expected = feeds["a"] @ feeds["b"]
+    options = {"outputs": ["y"], "target": "cuda-emulated"}
+    error = {}
+    for precision in ("float32", "bfloat16"):
+        y = gc.compile(graph, precision=precision, **options).run(feeds)["y"]
+        error[precision] = np.abs(y - expected).max() / np.abs(expected).max()
+    assert error["float32"] < 2e-6 < 1e-4 < error["bfloat16"] < ROUNDED["bfloat16"]
+    with pytest.raises(gc.errors.CompileError, match="target='cpu' has 'float32', 'strict'"):
+        gc.compile(graph, outputs=["y"], precision="tf32")
+    with pytest.raises(gc.errors.CompileError, match="check=True compares kernels in float32"):
+        gc.compile(graph, precision="tf32", check=True, **options)
 
 
 LARGE, TALL, SMALL = Tile(128, 128, 8, 8), Tile(64, 128, 16, 8), Tile(16, 64, 8, 4)
@@ -198,8 +238,16 @@ def test_no_windows_are_checked(stride, padding):
     assert all(c.kernel.loops[n].extent <= 3 for i, _ in c.left.bounds for n, _ in i.terms)
 
 
+def test_source_of_a_tiled_kernel(golden):
+    (node,) = regions(convolution((2, 8, 16, 16), (32, 8, 3, 3), True, padding=1))[1:]
+    c = find_contraction(lower_node(node))
+    assert c is not None
+    (launch,) = cuda_contraction.render_tiled(c, Tile(32, 32, 8, 4), 1).launches
+    golden("kernel_cuda_convolution.py.txt", launch.source)
+
+
 def test_tiles():
-    for tile in TILES:
+    for tile in (*TILES, *TENSOR_TILES):
         assert tile.threads % 32 == 0 and tile.threads % tile.columns == 0
         assert tile.threads % tile.depth == 0
         # Every thread copies something of both operands.
@@ -207,10 +255,10 @@ def test_tiles():
 
 
 def test_choice_of_tiles():
-    tile, splits = choose_tile(4096, 4096, 4096, 1, True, False)
+    tile, splits = choose_tile(4096, 4096, 4096, 1)
     assert (tile.part, splits) == (8, 1)
-    tile, splits = choose_tile(64, 576, 200_000, 1, True, False)
+    tile, splits = choose_tile(64, 576, 200_000, 1)
     assert splits >= 8  # few tiles, a long sum
-    _, splits = choose_tile(64, 576, 200_000, 1, False, False)
+    _, splits = choose_tile(64, 576, 200_000, 1, splittable=False)
     assert splits == 1
-    assert choose_tile(1, 50_000, 9, 32, True, False) is None  # a depthwise convolution
+    assert choose_tile(1, 50_000, 9, 32) is None  # a depthwise convolution

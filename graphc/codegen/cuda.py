@@ -28,6 +28,7 @@ The interface between code generation and runtime, and between the renderers:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,6 +57,11 @@ class CudaLaunch:
     block: Dimensions
     shared: int = 0
     resident: int = 1
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return math.prod(self.block)
 
 
 @dataclass(frozen=True)

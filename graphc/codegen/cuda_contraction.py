@@ -20,7 +20,7 @@ from graphc.codegen import cuda_generic
 from graphc.codegen.contraction import Contraction, find_contraction
 from graphc.codegen.cuda import CudaLaunch, Rendering
 from graphc.codegen.cuda_generic import CudaEmitter, Plan
-from graphc.codegen.cuda_indices import Flat, Run
+from graphc.codegen.cuda_indices import Flat, Run, total
 from graphc.codegen.cuda_operands import Operand
 from graphc.codegen.cuda_tiles import Tile, choose_tile
 from graphc.codegen.emit import Scope, Var
@@ -40,7 +40,7 @@ def render(kernel: Kernel, precision: str) -> Rendering | None:
     splittable = not any(loop.ragged for loop in c.kernel.loops.values())
     checked = bool(c.left.bounds or c.right.bounds)
     rows, columns, inner, batch = map(c.extent, (c.rows, c.columns, c.inner, c.batch))
-    choice = choose_tile(rows, columns, inner, batch, splittable, checked)
+    choice = choose_tile(rows, columns, inner, batch, precision, splittable, checked)
     return None if choice is None else render_tiled(c, *choice)
 
 
@@ -109,7 +109,7 @@ class _TiledEmitter(CudaEmitter):
         self.c, self.tiled, self.splits = c, tile, splits
         self.rows, self.columns = Flat(c.kernel, c.rows), Flat(c.kernel, c.columns)
         self.batch = Flat(c.kernel, c.batch)
-        pitches = tile.rows + 4, tile.columns + 4
+        pitches = tile.rows + tile.padding, tile.columns + tile.padding
         places = 0, tile.depth * pitches[0]
         self.stage = tile.depth * sum(pitches)
         self.left, self.right = (
@@ -152,9 +152,7 @@ class _TiledEmitter(CudaEmitter):
         names = [*(b.name for b in self.kernel.buffers), WORKSPACE]
         parameters = [names[number] for number in self.used]
         parameters += [name for name, _ in self.numbers.values()]
-        tile = self.tiled
         factories = [f"{name} = {call}" for call, name in self.factories.items()]
-        shape = f"{tile.rows}, {tile.columns}, {tile.depth}, {tile.part}"
         return "\n".join(
             [
                 "from graphc.codegen import cuda_tile_words as w",
@@ -162,7 +160,7 @@ class _TiledEmitter(CudaEmitter):
                 "from graphc.codegen.numba_cuda import cuda, types",
                 "",
                 "U, I, float32 = types.uint32, types.int32, types.float32",
-                f"multiply = w.multiply_tiles({shape})",
+                f"multiply = w.{self.tiled.word}",
                 f"copy_left = w.{self.left.word(self.partial)}",
                 f"copy_right = w.{self.right.word(self.partial)}",
                 "copied, put4, write = w.copied, w.put4, w.write",
@@ -182,15 +180,15 @@ class _TiledEmitter(CudaEmitter):
         """Memory, the block's tile, and what is known before the first term."""
         tile, columns = self.tiled, -(-self.columns.extent // self.tiled.columns)
         rows = self.tiles // columns
-        drained = tile.rows // tile.groups * (tile.columns + 4)
+        drained = tile.rows // tile.groups * self._drain_pitch
         self._add(
             1,
             f"tile = cuda.shared.array({max(2 * self.stage, drained)}, float32, alignment=16)",
             f"sums = cuda.local.array({tile.part**2}, float32)",
             "t = U(cuda.threadIdx.x)",
             "block = U(cuda.blockIdx.x)",
-            f"right_first = U(block % U({columns}) * U({tile.columns}))",
-            f"left_first = U(block // U({columns}) % U({rows}) * U({tile.rows}))",
+            f"right_first = {self._first_line(1, columns, tile.columns)}",
+            f"left_first = {self._first_line(columns, rows, tile.rows)}",
             f"item = U(block // U({self.tiles}))",
             "term = U(0)",
         )
@@ -205,11 +203,15 @@ class _TiledEmitter(CudaEmitter):
         self._add(1, f"last = U(term + U({more}))", *self.left.setup(), *self.right.setup())
         self._add(
             1,
-            f"row_part = U(t // U({tile.across}) * U(4))",
-            f"column_part = U(t % U({tile.across}) * U(4))",
+            f"row_part = {tile.operands[0]}",
+            f"column_part = {tile.operands[1]}",
             f"for i in range({tile.part**2}):",
             "    sums[i] = float32(0)",
         )
+
+    def _first_line(self, below: int, tiles: int, extent: int) -> str:
+        """The block's first line in one direction; `below`: blocks before the next tile there."""
+        return "U(0)" if tiles == 1 else f"U(block // U({below}) % U({tiles}) * U({extent}))"
 
     def _multiply_all(self) -> None:
         """The loop over the terms: the next tile is copied while one is multiplied."""
@@ -234,45 +236,55 @@ class _TiledEmitter(CudaEmitter):
 
     def _finish(self, group: int) -> None:
         """Store the elements of one group of rows of every thread, by way of shared memory."""
-        tile = self.tiled
-        pitch, height = tile.columns + 4, tile.rows // tile.groups
-        self._add(1, "cuda.syncthreads()")
-        for row in range(4):
-            for column in range(tile.groups):
-                first = (group * 4 + row) * tile.part + 4 * column
-                quad = ", ".join(f"sums[{first + i}]" for i in range(4))
-                distance = row * pitch + column * (tile.columns // tile.groups)
-                place = f"U(row_part * U({pitch}) + column_part + U({distance}))"
+        tile, pitch = self.tiled, self._drain_pitch
+        row, column = tile.corner
+        self._add(1, "cuda.syncthreads()", f"corner = U({row} * U({pitch}) + {column})")
+        for i in range(4):
+            for j in range(tile.groups):
+                first = (group * 4 + i) * tile.part + 4 * j
+                quad = ", ".join(f"sums[{first + k}]" for k in range(4))
+                distance = i * pitch + j * tile.column_step
+                place = f"corner + U({distance})" if distance else "corner"
                 self._add(1, f"put4(tile, {place}, ({quad}))")
-        start, last = f"left_first + U({group * height})", f"U({self.rows.extent})"
+        strip, lines = tile.strip, tile.rows // tile.groups
+        step = tile.threads // tile.columns
         self._add(
             1,
             "cuda.syncthreads()",
             f"column = U(right_first + t % U({tile.columns}))",
-            f"row = U({start} + t // U({tile.columns}))",
-            f"at = U(t // U({tile.columns}) * U({pitch}) + t % U({tile.columns}))",
-            f"end = min(U({start} + U({height})), {last}) if column < U({self.columns.extent}) "
-            "else U(0)",
-            "while row < end:",
+            f"line = U(t // U({tile.columns}))",
+            f"lines = U({lines} if column < U({self.columns.extent}) else 0)",
+            "while line < lines:",
         )
-        self._add(2, "element = tile[at]")
+        own = "line"
+        if strip < lines:
+            own = f"line // U({strip}) * U({strip * tile.groups}) + line % U({strip})"
+        self._add(
+            2,
+            f"row = {total(['+ left_first', f'+ {own}'], group * strip)}",
+            f"element = tile[U(line * U({pitch}) + t % U({tile.columns}))]",
+            f"line = U(line + U({step}))",
+            f"if row < U({self.rows.extent}):",
+        )
         if self.splits > 1:
             self._store_partial()
         else:
             self._store_results()
-        step = tile.threads // tile.columns
-        self._add(2, f"row = U(row + U({step}))", f"at = U(at + U({step * pitch}))")
+
+    @property
+    def _drain_pitch(self) -> int:
+        return self.tiled.columns + 4
 
     def _store_partial(self) -> None:
         rows, columns = self.rows.extent, self.columns.extent
         self.pointers[len(self.kernel.buffers)] = WORKSPACE
         line = f"split * U({self.batch.extent}) + item" if self.batch.extent > 1 else "split"
         place = f"U(((({line}) * U({rows}) + row) * U({columns})) + column)"
-        self._add(2, f"write({WORKSPACE}, {place}, element)")
+        self._add(3, f"write({WORKSPACE}, {place}, element)")
 
     def _store_results(self) -> None:
         """The epilogue for element (item, row, column)."""
-        scope = Scope(None, frozenset(self.kernel.outer), 2)
+        scope = Scope(None, frozenset(self.kernel.outer), 3)
         scope.values[id(self.c.reduction), "", False] = Var("element", ())
         for flat, index in ((self.batch, "item"), (self.rows, "row"), (self.columns, "column")):
             for place, loop in enumerate(flat.loops):

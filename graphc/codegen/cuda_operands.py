@@ -119,8 +119,8 @@ class Operand:
         """Statements before the loop over the terms."""
         name, (own_term, own_line) = self.name, self.place
         lines = [f"{name}_term = {own_term}", f"{name}_line = {own_line}"]
-        slot = f"{name}_term * U({self.pitch}) + {name}_line + U({self.base})"
-        lines.append(f"{name}_slot = U({slot})")
+        slot = [f"+ {name}_term * U({self.pitch})", f"+ {name}_line"]
+        lines.append(f"{name}_slot = {total(slot, self.base)}")
         fixed = self.batch.terms("item", self.strides)
         for copy in range(1 if self.regular else self.copies):
             line = f"{name}_line{copy}"
@@ -158,6 +158,7 @@ class Operand:
         return (
             not self._line_checks
             and self.lines.extent % self.extent == 0
+            and 0 <= 4 * self.extent * self._line_stride < 2**31  # an offset in an instruction
             and (not runs or (len(runs) == 1 and self.lines.span(runs[0]) == self.lines.extent))
         )
 

@@ -178,3 +178,87 @@ def multiply_tiles(rows: int, columns: int, depth: int, part: int):
         return types.void(sums, tile, left, right), emit
 
     return intrinsic(typing)
+
+
+# ---- tensor cores (PTX ISA, "mma.sync"; compute capability 8.0)
+
+_MMA = {
+    # terms of one instruction, and the instruction
+    "tf32": (8, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"),
+    "bfloat16": (16, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"),
+}
+
+
+def _assembly(builder, result, text: str, constraint: str, operands):
+    kind = ir.FunctionType(result, [operand.type for operand in operands])
+    return builder.call(ir.InlineAsm(kind, text, constraint, side_effect=False), operands)
+
+
+def _rounded(builder, precision: str, values):
+    """float32 values as the 32-bit operands of an instruction: one each, or pairs of bfloat16 of
+    which the first is the lower half."""
+    if precision == "tf32":
+        text, constraint = "cvt.rna.tf32.f32 $0, $1;", "=r,f"
+        return [_assembly(builder, _I32, text, constraint, [value]) for value in values]
+    pairs = zip(values[::2], values[1::2], strict=True)
+    text, constraint = "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f"
+    return [_assembly(builder, _I32, text, constraint, [high, low]) for low, high in pairs]
+
+
+def _multiply_matrices(builder, instruction: str, a, b, c):
+    """c + a b of one warp: this lane's four operands of a, two of b, four elements of c."""
+    text = f"{instruction} {{$0,$1,$2,$3}}, {{$4,$5,$6,$7}}, {{$8,$9}}, {{$10,$11,$12,$13}};"
+    result = ir.LiteralStructType([_FLOAT] * 4)
+    constraint = ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
+    found = _assembly(builder, result, text, constraint, [*a, *b, *c])
+    return [builder.extract_value(found, k) for k in range(4)]
+
+
+@cache
+def multiply_on_tensor_cores(rows: int, columns: int, depth: int, precision: str):
+    """As `multiply_tiles` with a part of 8, for a warp: factors are rounded to `precision`,
+    products are summed in float32. Terms lie rows + 8 and columns + 8 apart.
+
+    Lane 4 g + q reads the terms q, q + 4, ... of rows 4 g .. 4 g + 3 of both halves of the warp's
+    64 rows and of columns 4 g .. 4 g + 3 of its 32. In every instruction, the lane's sums are in
+    two of those rows, and in columns 2 q and 2 q + 1 of the matrix: for the n-th matrix of a row
+    of four, columns 8 q + n and 8 q + 4 + n."""
+    terms, instruction = _MMA[precision]
+
+    def typing(typing_context, sums, tile, left, right):
+        def emit(context, builder, signature, values):
+            sums_type, tile_type = signature.args[:2]
+            sums, tile, left, right = values
+            held = context.make_array(sums_type)(context, builder, sums).data
+            a_place = _shared_element(context, builder, tile_type, tile, left)
+            b_place = _shared_element(context, builder, tile_type, tile, right)
+
+            def quad(place, distance):
+                return _load4(builder, builder.gep(place, [_number(distance)]))
+
+            for first in range(0, depth, terms):
+                steps = range(first, first + terms, 4)
+                # By term: four columns, then four rows of each half.
+                b = [quad(b_place, k * (columns + 8)) for k in steps]
+                b = [_rounded(builder, precision, [y[n] for y in b]) for n in range(4)]
+                for half in range(2):
+                    a = [quad(a_place, k * (rows + 8) + 32 * half) for k in steps]
+                    a = [_rounded(builder, precision, [x[i] for x in a]) for i in range(4)]
+                    for pair in range(2):
+                        upper, lower = a[2 * pair], a[2 * pair + 1]
+                        factors = [upper[0], lower[0], upper[1], lower[1]]
+                        for n in range(4):
+                            at = [
+                                builder.gep(held, [_number(8 * row + 4 * j + n)])
+                                for row in (4 * half + 2 * pair, 4 * half + 2 * pair + 1)
+                                for j in range(2)
+                            ]
+                            c = [builder.load(place) for place in at]
+                            d = _multiply_matrices(builder, instruction, factors, b[n], c)
+                            for place, value in zip(at, d, strict=True):
+                                builder.store(value, place)
+            return context.get_dummy_value()
+
+        return types.void(sums, tile, left, right), emit
+
+    return intrinsic(typing)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
-# What the choice assumes of a device: an A100's multiprocessors, multiply-adds of each in a cycle,
-# and the bytes that memory moves in a cycle for all of them.
+# What the choice assumes of a device: an A100's multiprocessors, what each multiplies and copies to
+# shared memory (bytes) in a cycle, and the bytes that memory moves in a cycle for all of them.
 MULTIPROCESSORS = 108
 _MULTIPLY_ADDS = 128
+_COPIED = 100
 _BYTES = 1000
 _LAUNCH = 3000  # cycles from one kernel's end to the next one's work
 # Threads that hide the latency of arithmetic and of shared memory.
 _BUSY = 256
-_MOST_SPLITS = 64
+_EVEN = 4  # blocks of a multiprocessor, from which on all have about as many
 
 
 @dataclass(frozen=True)
@@ -28,15 +30,12 @@ class Tile:
     columns: int
     depth: int
     part: int
+    # Beside a term's elements in shared memory: neighbouring terms then begin in other banks.
+    padding: ClassVar[int] = 4
 
     @property
     def threads(self) -> int:
         return self.rows * self.columns // self.part**2
-
-    @property
-    def across(self) -> int:
-        """Threads along the columns."""
-        return self.columns // self.part
 
     @property
     def groups(self) -> int:
@@ -50,8 +49,97 @@ class Tile:
 
     @property
     def efficiency(self) -> float:
-        """The share of multiply-adds among the instructions of the loop, roughly."""
-        return 0.85 if self.part == 8 else 0.6
+        """The share of multiply-adds among the instructions of the loop, roughly: beside them stand
+        reads of shared memory, copies with their addresses, and the loop itself."""
+        multiply_adds = self.part**2 * self.depth
+        reads = 2 * self.groups * self.depth
+        copies = (self.rows + self.columns) * self.depth // self.threads
+        return multiply_adds / (multiply_adds + reads + 3 * copies + 25)
+
+    # ---- the part of thread `t`, as source
+
+    @property
+    def word(self) -> str:
+        """The call that makes the word `multiply`."""
+        return f"multiply_tiles({self.rows}, {self.columns}, {self.depth}, {self.part})"
+
+    @property
+    def operands(self) -> tuple[str, str]:
+        """Where the thread's first elements of the left and of the right tile are."""
+        across = self.columns // self.part
+        return f"U(t // U({across}) * U(4))", f"U(t % U({across}) * U(4))"
+
+    @property
+    def corner(self) -> tuple[str, str]:
+        """Row and column of the first of the thread's sums; rows are those of one group of every
+        thread, the groups `strip` rows apart."""
+        return self.operands
+
+    @property
+    def strip(self) -> int:
+        """Neighbouring rows that are the same group of some threads."""
+        return self.rows // self.groups
+
+    @property
+    def column_step(self) -> int:
+        """Columns from one group of the thread to the next."""
+        return self.columns // self.groups
+
+
+@dataclass(frozen=True)
+class TensorTile(Tile):
+    """A tile on tensor cores, with factors rounded to `precision` and sums in float32.
+
+    A warp computes 64 x 32 sums in matrices of 16 x 8 (PTX ISA, "mma.sync"). Which rows and columns
+    of a matrix are which of the warp's is free: lane 4 g + q takes rows 4 g .. 4 g + 3 of each half
+    and columns 8 q .. 8 q + 7, so that its elements lie together in shared memory.
+    """
+
+    precision: str = "tf32"
+    padding: ClassVar[int] = 8
+
+    @property
+    def efficiency(self) -> float:
+        """Multiply-adds for each that the other cores could do, roughly: what is left of 4 or 8
+        beside conversions and copies."""
+        return 3.0 if self.precision == "tf32" else 5.0
+
+    @property
+    def word(self) -> str:
+        sizes = f"{self.rows}, {self.columns}, {self.depth}"
+        return f'multiply_on_tensor_cores({sizes}, "{self.precision}")'
+
+    @property
+    def operands(self) -> tuple[str, str]:
+        row, column = self._warp
+        pitches = self.rows + self.padding, self.columns + self.padding
+        lane = "t % U(32) // U(4) * U(4)"
+        return (
+            f"U({row} * U(64) + {lane} + t % U(4) * U({pitches[0]}))",
+            f"U({column} * U(32) + {lane} + t % U(4) * U({pitches[1]}))",
+        )
+
+    @property
+    def _warp(self) -> tuple[str, str]:
+        """Row and column of the thread's warp among those of the block."""
+        across = self.columns // 32
+        return f"t // U({32 * across})", f"t // U(32) % U({across})"
+
+    @property
+    def corner(self) -> tuple[str, str]:
+        row, column = self._warp
+        return (
+            f"U({row} * U(32) + t % U(32) // U(4) * U(4))",
+            f"U({column} * U(32) + t % U(4) * U(8))",
+        )
+
+    @property
+    def strip(self) -> int:
+        return 32
+
+    @property
+    def column_step(self) -> int:
+        return 4
 
 
 # Half a large tile is as good with twice its depth: the work around the multiplications is then
@@ -62,7 +150,6 @@ TILES = (
     Tile(64, 128, 16, 8),
     Tile(128, 64, 8, 8),
     Tile(64, 128, 8, 8),
-    Tile(64, 64, 8, 8),
     Tile(64, 64, 8, 4),
     Tile(32, 128, 8, 4),
     Tile(128, 32, 8, 4),
@@ -71,6 +158,11 @@ TILES = (
     Tile(16, 64, 8, 4),
     Tile(64, 16, 8, 4),
 )
+TENSOR_TILES = tuple(
+    TensorTile(rows, columns, 16, 8, precision)
+    for precision in ("tf32", "bfloat16")
+    for rows, columns in ((128, 128), (128, 64), (64, 128), (64, 64))
+)
 # A thread keeps the indices of the lines it copies in registers, with checks several for each.
 _SHALLOW = 8
 # One thread for each sum reads two operands for every multiply-add.
@@ -78,41 +170,53 @@ _GENERIC_EFFICIENCY = 0.05
 
 
 def choose_tile(
-    rows: int, columns: int, inner: int, batch: int, splittable: bool, checked: bool
+    rows: int,
+    columns: int,
+    inner: int,
+    batch: int,
+    precision: str = "float32",
+    splittable: bool = True,
+    checked: bool = False,
 ) -> tuple[Tile, int] | None:
     """A tile and in how many parts the sum is split; None where one thread a sum is as good.
 
-    `checked`: whether bounds of operands are checked line by line."""
+    `precision`: "tf32" and "bfloat16" allow tiles on tensor cores. `checked`: whether bounds of
+    operands are checked line by line."""
     work = rows * columns * inner * batch
     least = work / (MULTIPROCESSORS * _MULTIPLY_ADDS * _GENERIC_EFFICIENCY)
     best: tuple[Tile, int] | None = None
-    for tile in TILES:
-        if checked and tile.depth > _SHALLOW:
-            continue
-        for splits in _splits(inner, tile.depth) if splittable else (1,):
+    tensor = [tile for tile in TENSOR_TILES if tile.precision == precision]
+    for tile in (*tensor, *(t for t in TILES if not checked or t.depth <= _SHALLOW)):
+        tiles = _tiles(tile, rows, columns, batch)
+        for splits in sorted(_splits(tiles, inner, tile.depth)) if splittable else (1,):
             cycles = _cycles(tile, splits, rows, columns, inner, batch)
             if cycles < least:
                 least, best = cycles, (tile, splits)
     return best
 
 
-def _splits(inner: int, depth: int) -> Iterator[int]:
-    """Numbers of parts that each have a few tiles of terms."""
-    splits = 1
-    while splits == 1 or (splits <= _MOST_SPLITS and inner // splits >= 8 * depth):
-        yield splits
-        splits *= 2
+def _splits(tiles: int, inner: int, depth: int) -> set[int]:
+    """Numbers of parts that give every multiprocessor one, two or four blocks, and 1; each part has
+    a few tiles of terms."""
+    most = max(1, inner // (8 * depth))
+    return {1, *(min(most, max(1, MULTIPROCESSORS * blocks // tiles)) for blocks in (1, 2, 4))}
+
+
+def _tiles(tile: Tile, rows: int, columns: int, batch: int) -> int:
+    return -(-rows // tile.rows) * -(-columns // tile.columns) * batch
 
 
 def _cycles(tile: Tile, splits: int, rows: int, columns: int, inner: int, batch: int) -> float:
-    """Cycles that a device takes, roughly: the work of the busiest multiprocessor, less efficient
-    where too few threads hide latencies; and partial sums written, read and added."""
-    tiles = -(-rows // tile.rows) * -(-columns // tile.columns) * batch
-    busiest = -(-tiles * splits // MULTIPROCESSORS)
+    """Cycles that a device takes, roughly: what its busiest multiprocessor multiplies and copies,
+    less efficient where too few threads hide latencies; and partial sums written, read, added."""
+    busiest: float = _tiles(tile, rows, columns, batch) * splits / MULTIPROCESSORS
+    if busiest < _EVEN:
+        busiest = math.ceil(busiest)
     threads = min(busiest, tile.resident) * tile.threads
     speed = _MULTIPLY_ADDS * tile.efficiency * min(1.0, threads / _BUSY) ** 0.5
     terms = -(-inner // splits // tile.depth) * tile.depth
     cycles = busiest * tile.rows * tile.columns * terms / speed
+    cycles += busiest * 4 * (tile.rows + tile.columns) * terms / _COPIED
     if splits > 1:
         cycles += _LAUNCH + 2 * 4 * splits * rows * columns * batch / _BYTES
     return cycles

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from graphc.codegen.cuda import Dimensions
+from graphc.inspect.cuda_report import CAPABILITIES, StaticReport, report_step
 from graphc.inspect.kernels import layers
 from graphc.inspect.text import size_text
 from graphc.inspect.work import kernel_bytes, kernel_flops
 from graphc.viz.formats import fused_operators
 
 if TYPE_CHECKING:
+    from graphc.codegen.cuda_program import CudaStep
     from graphc.runtime.cuda import CudaExecutable
 
 
@@ -33,6 +35,7 @@ class CudaKernelInfo:
     workspace bytes of the arena that the launches share
     prepared  whether it depends on parameters alone and runs only when they are loaded
     flops, bytes  work of all launches together
+    step      what computes it
     """
 
     name: str
@@ -49,6 +52,16 @@ class CudaKernelInfo:
     prepared: bool
     flops: int
     bytes: int
+    step: CudaStep = field(repr=False)
+
+    def reports(
+        self, capabilities: Sequence[str] = CAPABILITIES
+    ) -> dict[str, tuple[StaticReport, ...]]:
+        """What NVIDIA's assembler says of each launch, by compute capability; no GPU is needed.
+
+        Compiles what is not in the kernel cache, a few seconds a kernel. Raises MissingExtraError
+        where the tools are not installed, CompileError."""
+        return {capability: report_step(self.step, capability) for capability in capabilities}
 
     def __str__(self) -> str:
         when = "; runs when parameters are loaded" if self.prepared else ""
@@ -86,6 +99,7 @@ def kernels(executable: CudaExecutable) -> list[CudaKernelInfo]:
                 "prepared" in node.attrs,
                 kernel_flops(step.kernel),
                 kernel_bytes(step.kernel, node),
+                step,
             )
         )
     return found

@@ -197,7 +197,7 @@ class GpuDevice(Device):
                 self.capability,
                 buffers,
                 len(launch.numbers),
-                launch.block[0] * launch.block[1] * launch.block[2],
+                launch.threads,
                 launch.resident,
                 launch.shared,
             )

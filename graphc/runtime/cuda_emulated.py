@@ -44,7 +44,7 @@ class EmulatedDevice(Device):
     ) -> Loaded:
         sources = []
         for _, launch, buffers in launches:
-            numbers, threads = len(launch.numbers), int(np.prod(launch.block))
+            numbers, threads = len(launch.numbers), launch.threads
             wanted = CudaSignature(
                 "emulated", CAPABILITY, buffers, numbers, threads, 1, launch.shared
             )

@@ -253,6 +253,19 @@ _WARP_ASSEMBLY = (
     (r"ldmatrix\.sync\.aligned\.m8n8\.x4\.trans\.shared", r.MATRIX_TRANSPOSED),
     (r"ldmatrix\.sync\.aligned\.m8n8\.x4\.shared", r.MATRIX),
 )
+
+
+def _to_bfloat16(k: int) -> str:
+    """Operand k, a float, as the bits %r{k} of a bfloat16: to nearest even, NaN stays NaN."""
+    return (
+        f"  %b{k} = bitcast float %a{k} to i32\n  %s{k} = lshr i32 %b{k}, 16\n"
+        f"  %o{k} = and i32 %s{k}, 1\n  %e{k} = add i32 %o{k}, 32767\n"
+        f"  %f{k} = add i32 %b{k}, %e{k}\n  %g{k} = lshr i32 %f{k}, 16\n"
+        f"  %n{k} = fcmp uno float %a{k}, 0.0\n"
+        f"  %r{k} = select i1 %n{k}, i32 32767, i32 %g{k}\n"
+    )
+
+
 # (pattern, body of the function) of those that a thread does by itself; %a0, %a1: the operands
 _THREAD_ASSEMBLY = (
     # Round to nearest, ties away from zero, to 10 bits of mantissa.
@@ -264,10 +277,8 @@ _THREAD_ASSEMBLY = (
     # To nearest even; the first operand is the upper half.
     (
         r"cvt\.rn\.bf16x2\.f32",
-        "  %h = fptrunc float %a0 to bfloat\n  %l = fptrunc float %a1 to bfloat\n"
-        "  %hb = bitcast bfloat %h to i16\n  %lb = bitcast bfloat %l to i16\n"
-        "  %hw = zext i16 %hb to i32\n  %lw = zext i16 %lb to i32\n"
-        "  %up = shl i32 %hw, 16\n  %d = or i32 %up, %lw\n  ret i32 %d\n",
+        f"{_to_bfloat16(0)}{_to_bfloat16(1)}"
+        "  %up = shl i32 %r0, 16\n  %d = or i32 %up, %r1\n  ret i32 %d\n",
     ),
     # Copies are done at once: a missing wait is not found, a missing barrier is.
     # A third operand is how many bytes are read: all, or none and zeros are written.
