@@ -38,7 +38,9 @@ def render(kernel: Kernel, precision: str) -> Rendering | None:
         return None
     c = contraction
     splittable = not any(loop.ragged for loop in c.kernel.loops.values())
-    checked = bool(c.left.bounds or c.right.bounds)
+    lines = {*c.rows, *c.columns}
+    bounds = (*c.left.bounds, *c.right.bounds)
+    checked = any(name in lines for index, _ in bounds for name, _ in index.terms)
     rows, columns, inner, batch = map(c.extent, (c.rows, c.columns, c.inner, c.batch))
     choice = choose_tile(rows, columns, inner, batch, precision, splittable, checked)
     return None if choice is None else render_tiled(c, *choice)

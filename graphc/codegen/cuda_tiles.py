@@ -142,12 +142,12 @@ class TensorTile(Tile):
         return 4
 
 
-# Half a large tile is as good with twice its depth: the work around the multiplications is then
-# for as many of them.
+# With more depth, the work around the multiplications is for more of them.
 TILES = (
-    Tile(128, 128, 8, 8),
+    Tile(128, 128, 16, 8),
     Tile(128, 64, 16, 8),
     Tile(64, 128, 16, 8),
+    Tile(128, 128, 8, 8),
     Tile(128, 64, 8, 8),
     Tile(64, 128, 8, 8),
     Tile(64, 64, 8, 4),
