@@ -18,7 +18,8 @@ from graphc.runtime.emulate import ORDERS
 # Operators that between them need every kind of statement: the rest only compute other functions.
 KINDS = (
     "add where cast exp pow floor_div sum argmax softmax logsumexp matmul conv2d max_pool2d "
-    "avg_pool2d batch_norm softmax_cross_entropy dropout pad concat gather transpose reshape slice"
+    "avg_pool2d avg_pool2d_grad batch_norm softmax_cross_entropy dropout pad concat gather "
+    "transpose reshape slice"
 ).split()
 
 

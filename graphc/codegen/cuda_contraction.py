@@ -47,7 +47,9 @@ def render(kernel: Kernel, precision: str) -> Rendering | None:
 
 
 def _plain(c: Contraction) -> bool:
-    """Whether both factors are elements in memory, not expressions of them."""
+    """Whether there are terms, and both factors are elements in memory, not expressions of them."""
+    if not c.kernel.trips(c.kernel.loops):
+        return False
     return all(f.expr.op == "load" and f.expr.dtype == "float32" for f in (c.left, c.right))
 
 

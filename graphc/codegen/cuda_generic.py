@@ -113,6 +113,8 @@ def _vector(kernel: Kernel) -> int:
     last = kernel.outer[-1]
     if any(e.op == "reduce" for e in kernel.expressions()) or last in bounded(kernel):
         return 1
+    if any(kernel.loops[n].ragged for n in kernel.outer):
+        return 1
     if len(kernel.outer) > 1 and kernel.loops[last].extent % VECTOR:
         return 1
     for access in _accesses(kernel):
@@ -197,6 +199,7 @@ class CudaEmitter(ReductionEmitter):
         ]
         body.end = f"{point} = {self.index(f'{point} + {self._step()}')}"
         self._decode(body, point)
+        self._skip_ends(body, outer)
         self.uniform = (root, body)
         groups: dict[tuple[str, ...], list[Store]] = {}
         for store in self.kernel.stores:
@@ -204,6 +207,15 @@ class CudaEmitter(ReductionEmitter):
         for loops, stores in groups.items():
             self._compute(body, loops, stores)
         self.close(body, root)
+
+    def _skip_ends(self, scope: Scope, loops: tuple[str, ...]) -> None:
+        """Go on with the next point past the end of a loop whose last block is short."""
+        for loop in (self.kernel.loops[n] for n in loops):
+            if loop.ragged:
+                end = f"{self.total(loop)} - {loop.block} * {loop.extent}"
+                scope.add(f"if {loop.name} >= {end}:")
+                scope.add(f"    {scope.end}")
+                scope.add("    continue")
 
     def _decode(self, scope: Scope, point: str) -> None:
         """Outer loop variables from the number of a point."""
@@ -275,6 +287,7 @@ class CudaEmitter(ReductionEmitter):
             after = self.fresh("rest") if position < len(shared) - 2 else shared[-1]
             inner.add(f"{after} = {self.index(f'{rest} - {loop} * {size}')}")
             rest = after
+        self._skip_ends(inner, shared)
         return inner
 
     def _emit_reduce(self, expr: Expr, scope: Scope) -> Var:
