@@ -200,7 +200,12 @@ def test_kernels_of_an_executable_report():
         ("resnet18", 32, "float32"),
         ("resnet50", 32, "float32"),
         ("resnet18", 32, "tf32"),
-        ("resnet18", 32, "bfloat16"),
+        pytest.param(
+            "resnet18",
+            32,
+            "bfloat16",
+            marks=pytest.mark.xfail(reason="three kernels spill up to 28 bytes for 8.0"),
+        ),
     ],
 )
 def test_every_kernel_of_a_training_step(network, batch, precision, capability):
