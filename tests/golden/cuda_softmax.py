@@ -17,10 +17,10 @@ div = v.div
 store = v.store
 
 
-def kernel(in0, out0, points0, n_r0_0, s_i0_0, s_i0_1):
-    i0 = to_int32(warp())
-    while i0 < points0:
-        at_in0_0 = to_int32(i0 * s_i0_0)
+def kernel(in0, out0, points0, n_r0_0, s_i_0, s_i_1):
+    i = to_int32(warp())
+    while i < points0:
+        at_in0_0 = to_int32(i * s_i_0)
         acc_0 = to_float32(minus_inf)
         r0 = lane()
         while r0 < n_r0_0:
@@ -39,7 +39,7 @@ def kernel(in0, out0, points0, n_r0_0, s_i0_0, s_i0_1):
             acc_1 = add(acc_1, exp_1)
             r0 = to_int32(r0 + 32)
         sum_0 = warp_sum(acc_1)
-        at_out0_0 = to_int32(i0 * s_i0_1)
+        at_out0_0 = to_int32(i * s_i_1)
         r0 = lane()
         while r0 < n_r0_0:
             at_in0_1 = to_int32(at_in0_0 + r0)
@@ -50,4 +50,4 @@ def kernel(in0, out0, points0, n_r0_0, s_i0_0, s_i0_1):
             at_out0_1 = to_int32(at_out0_0 + r0)
             store(out0, at_out0_1, div_0)
             r0 = to_int32(r0 + 32)
-        i0 = to_int32(i0 + warps())
+        i = to_int32(i + warps())
