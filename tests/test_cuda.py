@@ -9,7 +9,7 @@ import pytest
 from compile_checks import Samples, differences
 from test_compiled_ops import representative
 
-pytest.importorskip("numba.cuda", reason="numba-cuda is not installed")
+pytest.importorskip("numba.cuda.cudadrv", reason="numba-cuda is not installed")
 
 import graphc as gc
 from graphc import errors

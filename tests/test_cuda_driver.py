@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-pytest.importorskip("numba.cuda", reason="numba-cuda is not installed")
+pytest.importorskip("numba.cuda.cudadrv", reason="numba-cuda is not installed")
 
 import graphc as gc
 from graphc import errors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-pytest.importorskip("numba.cuda", reason="numba-cuda is not installed")
+pytest.importorskip("numba.cuda.cudadrv", reason="numba-cuda is not installed")
 
 from graphc import errors
 from graphc.codegen.cuda_build import CudaSignature

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(scope="module", autouse=True)
 def device():
-    pytest.importorskip("numba.cuda", reason="numba-cuda is not installed")
+    pytest.importorskip("numba.cuda.cudadrv", reason="numba-cuda is not installed")
     from graphc.runtime.cuda_driver import GpuDevice
 
     try:
