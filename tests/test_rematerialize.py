@@ -172,7 +172,9 @@ def trained(name: str) -> tuple[Executable, Executable, int]:
     return compiled(graph, batch), compiled(graph, batch, smallest), smallest
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n == "resnet" else ()) for n in NETWORKS]
+)
 def test_networks_train_the_same_in_the_least_memory(name):
     """Bit for bit: what is computed again is the same kernel on the same operands."""
     plain, small, smallest = trained(name)
