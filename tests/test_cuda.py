@@ -121,14 +121,13 @@ def test_resnet20_trains_ten_steps_like_the_cpu():
     train(gc.zoo.resnet20(), 4, 10, rate=0.001, precision="strict")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "build",
     [
-        networks.small_resnet,
-        networks.transformer_block,
-        networks.convolutions,
         networks.with_dropout,
+        pytest.param(networks.small_resnet, marks=pytest.mark.slow),
+        pytest.param(networks.transformer_block, marks=pytest.mark.slow),
+        pytest.param(networks.convolutions, marks=pytest.mark.slow),
     ],
 )
 def test_small_networks_train_like_the_cpu(build):

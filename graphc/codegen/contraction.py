@@ -58,7 +58,7 @@ def find_contraction(kernel: Kernel) -> Contraction | None:
     reductions = [e for e in kernel.expressions() if e.op == "reduce"]
     if len(reductions) != 1 or reductions[0].attributes["combine"] != "sum":
         return None
-    if any(s.loops for s in kernel.stores) or any(_hides(s.expr) for s in kernel.stores):
+    if any(s.loops for s in kernel.stores) or _hides(kernel, reductions[0]):
         return None
     product, bounds = _unguarded(reductions[0].args[0])
     if product.op != "mul":
@@ -104,15 +104,15 @@ def _unguarded(expr: Expr) -> tuple[Expr, Bounds]:
     return expr, bounds
 
 
-def _hides(expr: Expr) -> bool:
-    """Whether a sum stands behind a bounds check, so that not every element has one."""
-    if expr.op == "within":
-        return any(e.op == "reduce" for e in _below(expr))
-    return any(_hides(arg) for arg in expr.args if expr.op != "reduce")
-
-
-def _below(expr: Expr) -> list[Expr]:
-    return [expr, *(e for arg in expr.args for e in _below(arg))]
+def _hides(kernel: Kernel, reduction: Expr) -> bool:
+    """Whether the sum stands behind a bounds check, so that not every element has one."""
+    above = {id(reduction)}  # expressions that the sum is part of, each looked at once
+    for e in kernel.expressions():  # operands first
+        if any(id(arg) in above for arg in e.args):
+            if e.op == "within":
+                return True
+            above.add(id(e))
+    return False
 
 
 def _gap(kernel: Kernel, loops: tuple[str, ...]) -> int:
