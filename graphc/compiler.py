@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from graphc import errors
+from graphc.collector import collector_paused
 from graphc.ir import Graph, Node, Value, called_from, caller
 from graphc.optim import Optimizer
 from graphc.runtime.executable import Executable, InterpretedExecutable
@@ -131,7 +130,7 @@ def compile(
         joint, records = shaped()
         executable: Executable = InterpretedExecutable(joint, seed)
     else:
-        with _collector_paused():
+        with collector_paused():
             planned, records = shaped()
         executable = backend.build(planned, seed)
     executable.records, executable.replay = records, shaped
@@ -139,19 +138,6 @@ def compile(
         for info in executable.kernels():
             log.info("%s", info)
     return executable
-
-
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """No cyclic garbage collection inside: graphs are all cycles and most of them stay in use, so
-    that looking through them again and again would take half of the passes' time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _placed_within(
@@ -227,7 +213,7 @@ def _cpu_backend(
         if tuner:
             launches = tuner.launches(planned)
         else:
-            with _collector_paused():
+            with collector_paused():
                 launches = cpu_target.plan_launches(planned, lanes, cores)
         executable = CpuExecutable(planned, launches, cores, seed, _progress(), check=check)
         executable.tuning = tuner.tuning if tuner else None

@@ -11,8 +11,6 @@ from passes.canonicalize import Canonicalize
 from passes.decompose import Decompose
 from passes.eliminate_common import EliminateCommon
 from passes.eliminate_dead import EliminateDead
-from passes.plan_memory import PlanMemory
-from passes.schedule import Schedule
 
 FORWARD = Pipeline(
     (
@@ -29,5 +27,3 @@ BACKWARD = Pipeline(
         EliminateDead(),
     )
 )
-# After fusion and the choice of layouts, which change sizes and lifetimes.
-MEMORY = Pipeline((Schedule(updates_in_place=True), PlanMemory(updates_in_place=True)))

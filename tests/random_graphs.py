@@ -178,3 +178,9 @@ def arrays(seed: int) -> dict[str, np.ndarray]:
 def split(data: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """(inputs, state) as the interpreter takes them."""
     return {k: v for k, v in data.items() if k != "w"}, {"w": data["w"]}
+
+
+def one(function, shape=(2, 3), **kwargs) -> Graph:
+    graph = Graph("rule")
+    graph.output(y=function(graph.input("x", shape, **kwargs)))
+    return graph

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphc import errors
 from graphc.codegen.program import Launch
+from graphc.collector import collector_paused
 from graphc.inspect.explain import explain
 from graphc.inspect.kernels import kernels, launched
 from graphc.inspect.memory import memory
@@ -46,7 +45,7 @@ def dump(executable: Executable, folder: str | os.PathLike[str]) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        with _collector_paused():
+        with collector_paused():
             _write_dump(executable, unfinished)
         unfinished.chmod(0o755)
         if target.exists():
@@ -56,19 +55,6 @@ def dump(executable: Executable, folder: str | os.PathLike[str]) -> Path:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     return target
-
-
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Without Python's collector of cycles, which would walk all graphs again and again: it takes
-    a third of the time, and what it could free meanwhile is a few dozen megabytes."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _write_dump(executable: Executable, folder: Path) -> None:

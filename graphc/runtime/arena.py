@@ -5,6 +5,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import DTypeLike
 
+from graphc.ir import SOURCES, Graph, Value, block_bytes
+
 CACHE_LINE: Final = 64
 PAGE: Final = 4096
 SLACK: Final = 256  # bytes at both ends that kernels may read, or write as padding
@@ -15,6 +17,18 @@ def aligned_zeros(nbytes: int, alignment: int = CACHE_LINE) -> np.ndarray:
     memory = np.zeros(nbytes + alignment, np.uint8)
     start = -memory.ctypes.data % alignment
     return memory[start : start + nbytes]
+
+
+def source_offsets(graph: Graph) -> tuple[dict[Value, int], int]:
+    """Where parameters, states, inputs, constants and what is prepared from them lie in a memory of
+    their own, and its bytes."""
+    offsets, end = {}, 0
+    for node in graph:
+        if node.op in SOURCES or "prepared" in node.attrs:
+            for value in node.outputs:
+                offsets[value] = end
+                end += block_bytes(value)
+    return offsets, end
 
 
 class Arena:

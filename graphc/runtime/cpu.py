@@ -11,7 +11,7 @@ from graphc import errors
 from graphc.codegen.program import Launch
 from graphc.interpreter import interpret
 from graphc.ir import ALIGNMENT, SOURCES, Graph, Node, Value, block_bytes, root
-from graphc.runtime.arena import Arena
+from graphc.runtime.arena import Arena, source_offsets
 from graphc.runtime.executable import Executable
 from graphc.runtime.inputs import checked_array, missing_input
 from graphc.runtime.layout import read_layout, write_layout
@@ -51,14 +51,8 @@ class CpuExecutable(Executable):
     # ---- memory
 
     def _place_sources(self) -> None:
-        offset = 0
-        self._source_offset: dict[Value, int] = {}
-        for node in self.graph:
-            if node.op in SOURCES or "prepared" in node.attrs:
-                for value in node.outputs:
-                    self._source_offset[value] = offset
-                    offset += block_bytes(value)
-        self._sources = Arena(max(ALIGNMENT, offset))
+        self._source_offset, end = source_offsets(self.graph)
+        self._sources = Arena(max(ALIGNMENT, end))
         self._in_place = set(self.plan.in_place_updates)
         # Where an update is computed straight into the parameter it updates.
         self._owner = {self.graph.updates[n]: self.graph.node(n)[0] for n in self._in_place}

@@ -11,6 +11,7 @@ from graphc import errors
 from graphc.codegen.cuda_program import CudaStep
 from graphc.interpreter import interpret
 from graphc.ir import ALIGNMENT, SOURCES, Graph, Node, Value, block_bytes, root
+from graphc.runtime.arena import source_offsets
 from graphc.runtime.build import Progress
 from graphc.runtime.cpu import difference
 from graphc.runtime.cuda_device import Device, DeviceCall, DeviceCopy, Operation
@@ -47,14 +48,8 @@ class CudaExecutable(Executable):
     # ---- memory
 
     def _place_sources(self) -> None:
-        offset = 0
-        self._source_offset: dict[Value, int] = {}
-        for node in self.graph:
-            if node.op in SOURCES or "prepared" in node.attrs:
-                for value in node.outputs:
-                    self._source_offset[value] = offset
-                    offset += block_bytes(value)
-        self._sources = self.device.allocate(max(ALIGNMENT, offset))
+        self._source_offset, end = source_offsets(self.graph)
+        self._sources = self.device.allocate(max(ALIGNMENT, end))
         self._in_place = set(self.plan.in_place_updates)
         # Where an update is computed straight into the parameter it updates.
         self._owner = {self.graph.updates[n]: self.graph.node(n)[0] for n in self._in_place}

@@ -1,0 +1,118 @@
+"""The machinery of passes: verification, pipelines as data, records, names."""
+
+from __future__ import annotations
+
+import pytest
+from random_graphs import one
+
+from graphc import errors, ops
+from graphc.ir import Graph, Origin
+from passes.base import InvalidGraphError, Pass, Pipeline, note, verify_graph
+from passes.canonicalize import Canonicalize
+from passes.decompose import Decompose
+from passes.pipeline import BACKWARD, FORWARD
+
+
+class Broken(Pass):
+    """Returns a graph with a defect of the given kind."""
+
+    def __init__(self, defect):
+        self.defect = defect
+
+    def run(self, graph):
+        new = graph.copy()
+        node = new.node("tanh")
+        if self.defect == "type":
+            node.types = (new.node("sum").types[0],)
+        elif self.defect == "edge":
+            new.nx.remove_edge("x", "tanh")
+        elif self.defect == "order":
+            node.inputs = new.node("sum").outputs
+        elif self.defect == "origin":
+            node.origin = Origin("elsewhere")
+        elif self.defect == "foreign":
+            node.inputs = graph.node("x").outputs
+        elif self.defect == "layouts":
+            node.layouts = ()
+        elif self.defect == "output":
+            new.outputs["y"] = graph.node("sum")[0]
+        elif self.defect == "update":
+            new.updates["x"] = new.node("x")[0]
+        return new
+
+
+@pytest.mark.parametrize(
+    "defect, message",
+    [
+        ("type", r"tanh \(tanh, test_pass_machinery.py:\d+\): its type rule gives"),
+        ("edge", "its edges .* differ"),
+        ("order", "used before it is defined"),
+        ("origin", "has the origin"),
+        ("foreign", "belongs to another graph"),
+        ("layouts", "0 layouts for 1 outputs"),
+        ("output", "output 'y': 'sum' is not in the graph"),
+        ("update", "no such parameter or state"),
+    ],
+)
+def test_a_pass_that_breaks_the_graph_is_named(defect, message):
+    graph = one(lambda x: ops.sum(ops.tanh(x)))
+    with pytest.raises(InvalidGraphError, match=f"^after pass broken: .*{message}"):
+        Pipeline((Broken(defect),)).run(graph, verify=True)
+    Pipeline((Broken("none"),)).run(graph, verify=True)
+
+
+def test_verification_is_asked_for_by_the_environment(monkeypatch):
+    graph = one(lambda x: ops.sum(ops.tanh(x)))
+    monkeypatch.setenv("GRAPHC_VERIFY", "1")
+    with pytest.raises(InvalidGraphError):
+        Pipeline((Broken("edge"),)).run(graph)
+    monkeypatch.delenv("GRAPHC_VERIFY")
+    Pipeline((Broken("edge"),)).run(graph)
+
+
+class Count(Pass):
+    """Notes the number of nodes."""
+
+    def run(self, graph):
+        new = graph.copy()
+        note(new, f"{len(new)} nodes")
+        return new
+
+
+def test_pipelines_are_data_and_record_what_they_do():
+    pipeline = FORWARD.with_inserted(Count(), after="canonicalize")
+    assert pipeline.names == ("canonicalize", "count", "eliminate_common", "eliminate_dead")
+    pipeline = pipeline.replaced("count", Decompose()).with_inserted(Count())
+    pipeline = pipeline.with_inserted(Count(), before="decompose")
+    assert pipeline.names[1:3] == ("count", "decompose") and pipeline.names[-1] == "count"
+    (step,) = (
+        p for p in pipeline.with_options("canonicalize", sweeps=2) if isinstance(p, Canonicalize)
+    )
+    assert step.sweeps == 2
+    with pytest.raises(errors.NameLookupError, match="no pass 'fuse'.*canonicalize"):
+        pipeline.without("fuse")
+    seen = []
+    graph = one(lambda x: ops.add(ops.mean(x), 0.0))
+    after, records = pipeline.run(
+        graph, observer=lambda record, g: seen.append((record.name, len(g)))
+    )
+    assert tuple(r.name for r in records) == pipeline.names
+    assert [name for name, _ in seen] == list(pipeline.names)
+    assert records[0].notes == ("neutral_operand x1",)
+    assert records[1].notes == (f"{records[1].nodes_after} nodes",)
+    assert records[0].nodes_before == len(graph) and records[-1].nodes_after == len(after)
+    assert "canonicalize: 4 -> 2 nodes" in str(records[0])
+    assert "notes" not in after.annotations
+
+
+def test_passes_survive_names_that_collide_with_new_nodes():
+    """Parameters keep their names even where a pass makes a node that would take one."""
+    graph = Graph("names")
+    x = graph.input("x", (4, 3))
+    h = ops.mean(x, 0)
+    y = ops.mul(h, graph.parameter("sum", (3,)))
+    y = ops.add(y, graph.parameter("constant", (3,)))
+    graph.output(y=ops.mul(y, 3.0))
+    after, _ = BACKWARD.run(graph, verify=True)
+    assert set(after.parameters) == {"sum", "constant"}
+    verify_graph(after)
