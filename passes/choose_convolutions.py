@@ -207,21 +207,27 @@ def by_split_patches(oc: int, ic: int, taps: int, oh: int, ow: int, lanes: int) 
     return costs
 
 
+def framed(x: Value, before: tuple[int, int], size: tuple[int, int]) -> Value:
+    """Images x with `before` zeros above and beside (below 0: without so many of their pixels),
+    then zeros or a cut up to `size`."""
+    if min(before) < 0:
+        x = x[:, :, max(-before[0], 0) :, max(-before[1], 0) :]
+        before = max(before[0], 0), max(before[1], 0)
+    after = tuple(max(s - d - b, 0) for s, d, b in zip(size, x.sizes[2:], before, strict=True))
+    padding = ((0, 0), (0, 0), (before[0], after[0]), (before[1], after[1]))
+    if any(any(p) for p in padding):
+        x = apply("pad", x, padding=padding, value=0.0)[0]
+    return cut(x, size)
+
+
+def cut(y: Value, size: tuple[int, ...]) -> Value:
+    """The first pixels of images y, of height and width `size`."""
+    return y if y.sizes[2:] == tuple(size) else y[:, :, : size[0], : size[1]]
+
+
 def _rewritten(node: Node, inputs: tuple[Value, ...], m: int) -> Value:
     x, weight = inputs
     _, _, kh, kw, oh, ow = _sizes(node)
     (top, _), (left, _) = node.attrs["padding"]
-    wide, high = -(-ow // m) * m + kw - 1, oh + kh - 1
-    # Pixels beyond the image are zeros; what no output reads is cut off.
-    padding = (
-        (0, 0),
-        (0, 0),
-        (top, max(high - x.sizes[2] - top, 0)),
-        (left, max(wide - x.sizes[3] - left, 0)),
-    )
-    if any(any(p) for p in padding):
-        x = apply("pad", x, padding=padding, value=0.0)[0]
-    if x.shape[2:] != (high, wide):
-        x = x[:, :, :high, :wide]
-    y = conv2d_by_rows(x, weight, m, name=node.name)
-    return y if y.shape[2:] == (oh, ow) else y[:, :, :oh, :ow]
+    x = framed(x, (top, left), (oh + kh - 1, -(-ow // m) * m + kw - 1))
+    return cut(conv2d_by_rows(x, weight, m, name=node.name), (oh, ow))

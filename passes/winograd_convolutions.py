@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from graphc.ir import Graph, Node, Value
-from graphc.ops.registry import apply
 from graphc.ops.winograd import (
     conv2d_by_patches,
     conv2d_input_grad_by_patches,
@@ -18,6 +17,8 @@ from passes.choose_convolutions import (
     Choose,
     by_patches,
     by_split_patches,
+    cut,
+    framed,
     is_short,
     predicted_best,
     tile_size,
@@ -93,33 +94,20 @@ def _whole(pixels: tuple[int, ...], outputs: int, taps: int) -> tuple[int, int]:
     return tuple(-(-p // outputs) * outputs + taps - 1 for p in pixels)  # type: ignore[return-value]
 
 
-def _padded(x: Value, before: tuple[int, int], size: tuple[int, int]) -> Value:
-    """x with `before` zeros above and beside, then zeros or a cut up to `size`."""
-    after = tuple(max(s - d - b, 0) for s, d, b in zip(size, x.sizes[2:], before, strict=True))
-    padding = ((0, 0), (0, 0), (before[0], after[0]), (before[1], after[1]))
-    if any(any(p) for p in padding):
-        x = apply("pad", x, padding=padding, value=0.0)[0]
-    return x if x.sizes[2:] == size else x[:, :, : size[0], : size[1]]
-
-
-def _cut(y: Value, pixels: tuple[int, ...]) -> Value:
-    return y if y.sizes[2:] == tuple(pixels) else y[:, :, : pixels[0], : pixels[1]]
-
-
 def _forward(node: Node, inputs: tuple[Value, ...], m: int, split: bool) -> Value:
     x, weight = inputs
     pixels = node.types[0].sizes[2:]
     (top, _), (left, _) = node.attrs["padding"]
-    x = _padded(x, (top, left), _whole(pixels, m, weight.sizes[3]))
-    return _cut(conv2d_by_patches(x, weight, m, split, name=node.name), pixels)
+    x = framed(x, (top, left), _whole(pixels, m, weight.sizes[3]))
+    return cut(conv2d_by_patches(x, weight, m, split, name=node.name), pixels)
 
 
 def _input_grad(node: Node, inputs: tuple[Value, ...], m: int, split: bool) -> Value:
     g, weight = inputs
     pixels, taps = node.types[0].sizes[2:], weight.sizes[3]
     (top, _), (left, _) = node.attrs["padding"]
-    g = _padded(g, (taps - 1 - top, taps - 1 - left), _whole(pixels, m, taps))
-    return _cut(conv2d_input_grad_by_patches(g, weight, m, split, name=node.name), pixels)
+    g = framed(g, (taps - 1 - top, taps - 1 - left), _whole(pixels, m, taps))
+    return cut(conv2d_input_grad_by_patches(g, weight, m, split, name=node.name), pixels)
 
 
 def _weight_grad(node: Node, inputs: tuple[Value, ...], m: int, split: bool) -> Value:
@@ -127,10 +115,8 @@ def _weight_grad(node: Node, inputs: tuple[Value, ...], m: int, split: bool) -> 
     taps = node.types[0].sizes[3]
     (top, _), (left, _) = node.attrs["padding"]
     whole = _whole(g.sizes[2:], m, taps)
-    g = _padded(g, (0, 0), (whole[0] - taps + 1, whole[1] - taps + 1))
-    return conv2d_weight_grad_by_patches(
-        _padded(x, (top, left), whole), g, m, split, name=node.name
-    )
+    g = framed(g, (0, 0), (whole[0] - taps + 1, whole[1] - taps + 1))
+    return conv2d_weight_grad_by_patches(framed(x, (top, left), whole), g, m, split, name=node.name)
 
 
 _REWRITES = {

@@ -414,11 +414,12 @@ def test_batch_statistics_far_from_zero():
 
 
 @pytest.mark.parametrize("mode", ["batch", "channels"])
-@pytest.mark.parametrize("size", [8, 11])
-def test_convolutions_and_gradients_become_patches(mode, size):
+@pytest.mark.parametrize(("size", "padding"), [(8, 1), (11, 1), (8, (4, 1))])
+def test_convolutions_and_gradients_become_patches(mode, size, padding):
+    """Padding may be more than windows reach over the edge."""
     graph = Graph("convolution")
     x, w = graph.input("x", (8, 32, size, size)), graph.input("w", (32, 32, 3, 3))
-    graph.output(loss=ops.sum(ops.square(ops.conv2d(x, w, padding=1))))
+    graph.output(loss=ops.sum(ops.square(ops.conv2d(x, w, padding=padding))))
     graph = Autodiff("loss", ("x", "w")).run(graph)
     graph.annotations["layout_mode"] = mode
     after, _ = Pipeline((WinogradConvolutions(lanes=8, training=True),)).run(graph, verify=True)
