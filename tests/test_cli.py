@@ -132,9 +132,16 @@ def test_without_matplotlib_there_is_a_note_and_the_rest(folder, tmp_path, monke
     assert not (tmp_path / "graph.png").exists()
 
 
+# Whoever runs the tests in the background may ignore Ctrl-C, which child processes inherit.
+INTERRUPTIBLE = (
+    "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "runpy.run_module('graphc', run_name='__main__', alter_sys=True)"
+)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 def test_interrupted_run_leaves_a_checkpoint(folder, tmp_path):
-    command = [sys.executable, "-m", "graphc", "train", "mlp", "--target", "interpret"]
+    command = [sys.executable, "-c", INTERRUPTIBLE, "train", "mlp", "--target", "interpret"]
     command += ["--data", str(folder), "--epochs", "9999", "--batch", "16", "--out", str(tmp_path)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:

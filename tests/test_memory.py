@@ -131,12 +131,12 @@ def test_thousands_of_values_are_planned_quickly():
         last = min(4000, i + int(rng.integers(1, 5))) if i % 2 else 4000 - i // 2
         pieces.append(Storage(str(i), 64 * int(rng.integers(1, 4096)), i, max(i, last)))
     live = live_bytes(pieces, 4001)
-    start = time.perf_counter()
+    start = time.process_time()  # others may keep the machine busy
     offsets = place(pieces, live)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     arena = max(o + p.size for o, p in zip(offsets, pieces, strict=True))
     assert arena <= 1.05 * max(live)
-    assert seconds < 5, f"{seconds:.1f} s for 4,000 storages"  # about one when the machine is idle
+    assert seconds < 5, f"{seconds:.1f} s for 4,000 storages"  # about one
 
 
 def diamond() -> Graph:

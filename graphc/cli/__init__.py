@@ -146,7 +146,7 @@ def draw(
     """Draw the graph of a network."""
     from graphc.cli.inspection import Chosen, draw_network
 
-    chosen = Chosen(network, stage == "training", batch, tuple(dim or ()))
+    chosen = Chosen(network, stage == "training", batch, dim)
     typer.echo(f"wrote {draw_network(chosen, stage, out)}")
 
 
@@ -165,7 +165,7 @@ def dump(
     """Write all there is to see: a page with the graph after each pass, kernels, memory, times."""
     from graphc.cli.inspection import Chosen, dump_network
 
-    chosen = Chosen(network, train, batch, tuple(dim or ()), (), loss, threads, target)
+    chosen = Chosen(network, train, batch, dim, loss=loss, threads=threads, target=target)
     typer.echo(f"open {dump_network(chosen, out, runs)}")
 
 
@@ -186,7 +186,7 @@ def profile(
     """Time every kernel of a step, beside what the machine can do."""
     from graphc.cli.inspection import Chosen, profile_network
 
-    chosen = Chosen(network, train, batch, tuple(dim or ()), (), loss, threads)
+    chosen = Chosen(network, train, batch, dim, loss=loss, threads=threads)
     typer.echo(profile_network(chosen, runs, json, trace))
 
 
@@ -202,7 +202,7 @@ def explain(
     """Say why the program is as it is: algorithms, layouts, what was not fused and why."""
     from graphc.cli.inspection import Chosen, compiled
 
-    chosen = Chosen(network, train, batch, tuple(dim or ()), (), loss, threads)
+    chosen = Chosen(network, train, batch, dim, loss=loss, threads=threads)
     typer.echo(compiled(chosen).explain().rstrip())
 
 
@@ -219,7 +219,7 @@ def export(
     """Write a network as it is in inference for other programs, such as Netron or Gephi."""
     from graphc.cli.inspection import Chosen, export_network
 
-    chosen = Chosen(network, dims=tuple(dim or ()), outputs=tuple(output or ()))
+    chosen = Chosen(network, dims=dim, outputs=output)
     typer.echo(f"wrote {export_network(chosen, out, weights)}")
 
 

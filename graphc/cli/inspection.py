@@ -29,8 +29,8 @@ class Chosen:
     network: str
     train: bool = False
     batch: int = 8
-    dims: tuple[str, ...] = ()
-    outputs: tuple[str, ...] = ()
+    dims: Sequence[str] | None = None
+    outputs: Sequence[str] | None = None
     loss: str = "loss"
     threads: int | None = None
     target: str = "cpu"
@@ -84,10 +84,10 @@ def compiled(chosen: Chosen) -> Executable:
     )
 
 
-def sizes(graph: Graph, given: Sequence[str], batch: int) -> dict[str, int]:
+def sizes(graph: Graph, given: Sequence[str] | None, batch: int) -> dict[str, int]:
     """Sizes of the symbolic dimensions: those given as NAME=SIZE, and the batch."""
     found = {}
-    for text in given:
+    for text in given or ():
         name, equals, size = text.partition("=")
         if not equals or not size.isdigit():
             raise GraphcError(f"--dim {text}: write NAME=SIZE, such as --dim T=128")
@@ -153,5 +153,5 @@ def export_network(chosen: Chosen, path: Path, weights: Path | None) -> Path:
         return gc.viz.draw(graph).save(path)
     arrays = None if weights is None else gc.load(weights)
     dims = sizes(graph, chosen.dims, chosen.batch) if chosen.dims else None
-    gc.export_onnx(graph, path, arrays, outputs=chosen.outputs or None, dims=dims)
+    gc.export_onnx(graph, path, arrays, outputs=chosen.outputs, dims=dims)
     return path

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from graphc import errors
+from graphc.codegen.kernel import Kernel
 from graphc.codegen.program import Launch
 from graphc.inspect.text import size_text
-from graphc.inspect.work import kernel_flops, launch_bytes
+from graphc.inspect.work import kernel_bytes, kernel_flops
 from graphc.ir import Node
 from graphc.viz.formats import fused_operators
 
@@ -18,24 +19,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class KernelInfo:
-    """One row of the launch table: a kernel and what it is launched for.
+class RegionInfo:
+    """What a compiled region computes and for whom, whichever the target.
 
-    name      of the launch's node in the compiled graph
+    name      of the region's node in the compiled graph
     kind      the operator that gives the kernel its structure (conv2d, matmul, sum, ...)
     phase     "forward", "backward" or "update"
     nodes     operators that the kernel computes, as "name: op"
     layer     the user's layer that gives the kernel its structure
     layers    all the user's layers it computes for, that one first
-    file      readable source; equal kernels share one file
-    loops     (loop, extent) of the loop nest, reductions included
-    lane      the loop in SIMD lanes, None for scalar code
-    tile      (loop, count): unrolled into registers
-    order     outer loops as nested, outermost first
-    parallel  how many of `order` are shared between the threads; 0: one thread runs it alone
-    blocks    of the batch, where it runs block by block with its neighbours; 0: by itself
     prepared  whether it depends on parameters alone and runs only when they are loaded
-    flops, bytes  work of one launch
+    flops, bytes  work of one run
     """
 
     name: str
@@ -44,6 +38,55 @@ class KernelInfo:
     nodes: tuple[str, ...]
     layer: str
     layers: tuple[str, ...]
+    prepared: bool
+    flops: int
+    bytes: int
+
+    def heading(self) -> str:
+        return f"{self.name} ({self.kind}, {self.phase}): {', '.join(self.nodes)}"
+
+    def when(self) -> str:
+        return "; runs when parameters are loaded" if self.prepared else ""
+
+    def work(self) -> str:
+        return f"{self.flops:,} operations, {size_text(self.bytes)}"
+
+
+def region_fields(node: Node, kernel: Kernel) -> dict[str, Any]:
+    """The fields of `RegionInfo`, by name."""
+    return {
+        "name": node.name,
+        "kind": str(node.attrs.get("kind", node.op)),
+        "phase": node.origin.phase or "forward",
+        "nodes": tuple(f"{n.name}: {n.op}" for n in fused_operators(node)),
+        "layer": node.origin.layer,
+        "layers": _layers(node),
+        "prepared": "prepared" in node.attrs,
+        "flops": kernel_flops(kernel),
+        "bytes": kernel_bytes(kernel, node),
+    }
+
+
+def _layers(node: Node) -> tuple[str, ...]:
+    """The user's layers that a region computes for, the one that gives it its structure first."""
+    converted = node.attrs.get("kind") == "convert_layout"  # its body has no origin of the user's
+    nodes = [node] if converted else [node, *fused_operators(node)]
+    return tuple(dict.fromkeys(n.origin.layer for n in nodes if n.origin.layer))
+
+
+@dataclass(frozen=True)
+class KernelInfo(RegionInfo):
+    """One row of the launch table: a kernel and what it is launched for.
+
+    file      readable source; equal kernels share one file
+    loops     (loop, extent) of the loop nest, reductions included
+    lane      the loop in SIMD lanes, None for scalar code
+    tile      (loop, count): unrolled into registers
+    order     outer loops as nested, outermost first
+    parallel  how many of `order` are shared between the threads; 0: one thread runs it alone
+    blocks    of the batch, where it runs block by block with its neighbours; 0: by itself
+    """
+
     file: str
     loops: tuple[tuple[str, int], ...]
     lane: str | None
@@ -51,9 +94,6 @@ class KernelInfo:
     order: tuple[str, ...]
     parallel: int
     blocks: int
-    prepared: bool
-    flops: int
-    bytes: int
 
     def __str__(self) -> str:
         extents = dict(self.loops)
@@ -62,14 +102,13 @@ class KernelInfo:
         shared = " ".join(self.order[: self.parallel]) or "none (one thread)"
         if self.blocks:
             shared = f"{self.blocks} blocks of the batch, each with the whole group"
-        when = "; runs when parameters are loaded" if self.prepared else ""
         lane = f"{self.lane} ({extents[self.lane]})" if self.lane else "none (scalar)"
         return (
-            f"{self.name} ({self.kind}, {self.phase}): {', '.join(self.nodes)}\n"
+            f"{self.heading()}\n"
             f"  loops {loops}\n"
             f"  lanes {lane}; register tile {tile}; order {' '.join(self.order) or '-'}; "
-            f"shared by threads {shared}{when}\n"
-            f"  {self.flops:,} operations, {size_text(self.bytes)}; {self.file}"
+            f"shared by threads {shared}{self.when()}\n"
+            f"  {self.work()}; {self.file}"
         )
 
 
@@ -96,32 +135,17 @@ def _kernels(executable: Executable) -> list[KernelInfo]:
         node, schedule = launch.node, launch.schedule
         found.append(
             KernelInfo(
-                node.name,
-                str(node.attrs.get("kind", node.op)),
-                node.origin.phase or "forward",
-                tuple(f"{n.name}: {n.op}" for n in fused_operators(node)),
-                node.origin.layer,
-                layers(node),
-                paths.get(node.name, ""),
-                tuple((loop.name, loop.extent) for loop in launch.kernel.loops.values()),
-                schedule.lane,
-                tuple(schedule.tile),
-                tuple(schedule.order),
-                schedule.parallel,
-                launch.blocks,
-                "prepared" in node.attrs,
-                kernel_flops(launch.kernel),
-                launch_bytes(launch),
+                **region_fields(node, launch.kernel),
+                file=paths.get(node.name, ""),
+                loops=tuple((loop.name, loop.extent) for loop in launch.kernel.loops.values()),
+                lane=schedule.lane,
+                tile=tuple(schedule.tile),
+                order=tuple(schedule.order),
+                parallel=schedule.parallel,
+                blocks=launch.blocks,
             )
         )
     return found
-
-
-def layers(node: Node) -> tuple[str, ...]:
-    """The user's layers that a region computes for, the one that gives it its structure first."""
-    converted = node.attrs.get("kind") == "convert_layout"  # its body has no origin of the user's
-    nodes = [node] if converted else [node, *fused_operators(node)]
-    return tuple(dict.fromkeys(n.origin.layer for n in nodes if n.origin.layer))
 
 
 def no_kernels(executable: Executable, method: str, what: str = "kernels") -> errors.GraphcError:

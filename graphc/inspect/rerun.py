@@ -13,7 +13,7 @@ import numpy as np
 
 from graphc.codegen.program import Launch
 from graphc.inspect.text import time_text
-from graphc.inspect.work import kernel_flops, launch_bytes
+from graphc.inspect.work import kernel_bytes, kernel_flops
 from graphc.ir import Graph, format_node
 
 _BEGIN = "# ---- the kernel ----\n"
@@ -48,7 +48,7 @@ def runnable_source(launch: Launch) -> str:
         f"        numbers={tuple(launch.call.numbers)!r},",
         f"        blocks={launch.blocks},",
         f"        flops={kernel_flops(launch.kernel)},",
-        f"        nbytes={launch_bytes(launch)},",
+        f"        nbytes={kernel_bytes(launch.kernel, launch.node)},",
         "    )\n",
     ]
     return "\n".join(lines)

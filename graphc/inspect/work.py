@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from graphc.codegen.kernel import Access, Kernel
-from graphc.codegen.program import Launch, lower_node
+from graphc.codegen.program import lower_node
 from graphc.codegen.reductions import known_factor
 from graphc.expr import FUNCTIONS, Expr, Index
 from graphc.ir import SOURCES, Graph, Node, Value
@@ -92,13 +92,8 @@ def _share_within(kernel: Kernel, index: Index, extent: int) -> float:
     return float(np.mean((0 <= values) & (values < extent)))
 
 
-def launch_bytes(launch: Launch) -> int:
-    """Bytes that a launch must move: each element of an operand it reads, each result, once."""
-    return kernel_bytes(launch.kernel, launch.node)
-
-
 def kernel_bytes(kernel: Kernel, node: Node) -> int:
-    """`launch_bytes` of a region that has a kernel and no schedule yet."""
+    """Bytes that a launch must move: each element of an operand it reads, each result, once."""
     values: list[Value] = [*node.inputs, *node.outputs]
     touched: dict[int, set[Access]] = {}
     for e in kernel.expressions():
