@@ -12,6 +12,7 @@ from graphc.ir import Graph, Node, Value
 from graphc.ops.registry import apply
 from graphc.ops.window import Pair, WindowAxis, window_axes
 from passes.base import Pass
+from passes.choose_convolutions import BATCH
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,16 @@ class ExplicitPadding(Pass):
     all phases of the stride have equal sizes. Every reader of a padded value reads the padded one,
     so that it is stored once. With `rows`, that cotangent is padded along the height too: for
     targets that share rows between threads, which check bounds where a CPU cuts a loop.
+
+    For a CPU, unless the batch is to lie in the lanes, convolutions of single pixels also have
+    stride 1: the pixels that they read are put side by side first, where they are one long loop.
     """
 
     rows: bool = False
 
     def run(self, graph: Graph) -> Graph:
         wide: dict[tuple[Value, tuple], Value] = {}
+        gather = not self.rows and graph.annotations.get("layout_mode") != BATCH
 
         def padded(value: Value, padding: tuple) -> Value:
             """`value` with zeros around its images; one copy for all readers."""
@@ -40,7 +45,19 @@ class ExplicitPadding(Pass):
                 wide[key] = apply("pad", value, padding=((0, 0), (0, 0), *padding), value=0.0)[0]
             return wide[key]
 
+        def gathered(value: Value, stride: Pair) -> Value:
+            """Every `stride`-th pixel of `value`, stored; one copy for all readers."""
+            key = (value, stride)
+            if key not in wide:
+                pixels = value[:, :, :: stride[0], :: stride[1]]
+                wide[key] = apply("pad", pixels, padding=((0, 0),) * 4, value=0.0)[0]
+            return wide[key]
+
         def visit(new: Graph, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...] | None:
+            if gather and _skips(node):
+                attrs = {**node.attrs, "stride": (1, 1)}
+                x = gathered(inputs[0], node.attrs["stride"])
+                return new.add(node.op, (x, inputs[1]), attrs, name=node.name).outputs
             if node.op in ("conv2d", "conv2d_weight_grad") and _is_padded(node):
                 attrs = {**node.attrs, "padding": ((0, 0), (0, 0))}
                 x = padded(inputs[0], node.attrs["padding"])
@@ -94,3 +111,11 @@ def _windows(axis: WindowAxis, before: int, outputs: int) -> tuple[Pair, Pair]:
 
 def _is_padded(node: Node) -> bool:
     return any(any(p) for p in node.attrs["padding"])
+
+
+def _skips(node: Node) -> bool:
+    """Whether a convolution of single pixels, or the gradient of its weights, leaves some out."""
+    if node.op not in ("conv2d", "conv2d_weight_grad") or _is_padded(node):
+        return False
+    weight = node.types[0] if node.op == "conv2d_weight_grad" else node.inputs[1].type
+    return weight.sizes[2:] == (1, 1) and node.attrs["stride"] != (1, 1)

@@ -11,6 +11,7 @@ import graphc as gc
 CASES = {
     "many channels": (1, 1024, 14, 64, 1, 1, False),
     "ragged channels": (1, 1032, 14, 36, 1, 1, True),
+    "pixels left over": (1, 2048, 7, 256, 1, 1, True),
     "several images": (4, 768, 14, 40, 1, 1, True),
     "taps": (2, 256, 14, 64, 3, 2, False),
 }
@@ -41,9 +42,25 @@ def test_parts_add_up(case, threads):
     )
     parts = {n for launch in exe.launches for n in launch.schedule.order if n[0] == "r"}
     assert parts, "no sum was cut"
-    known = gc.compile(g, outputs=["y"], dims={"N": images}, target="interpret")
+    if case == "pixels left over":
+        assert not all(launch.schedule.whole for launch in exe.launches)
+    agrees(exe, g, (images, channels, size, size), 1e-5)
+
+
+def agrees(exe, graph, shape, tolerance):
+    known = gc.compile(graph, outputs=["y"], dims={"N": shape[0]}, target="interpret")
     exe.load_state(known.state())
-    x = np.random.default_rng(0).standard_normal((images, channels, size, size), np.float32)
+    x = np.random.default_rng(0).standard_normal(shape, np.float32)
     expected = known(x=x)["y"]
     for _ in range(2):  # the second time the result's memory holds the first one's sums
-        assert np.abs(exe(x=x)["y"] - expected).max() < 1e-5 * np.abs(expected).max()
+        assert np.abs(exe(x=x)["y"] - expected).max() < tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("threads", (1, 2))
+def test_large_weights_are_read_ahead(threads):
+    """The products of Winograd's points, whose weights are panels far apart."""
+    g = convolution(128, 8, 136, 3, 1, True)
+    exe = gc.compile(g, outputs=["y"], dims={"N": 1}, threads=threads)
+    ahead = [launch.schedule.ahead for launch in exe.launches if launch.schedule.ahead]
+    assert ahead and any("prefetch(" in launch.call.source for launch in exe.launches)
+    agrees(exe, g, (1, 128, 8, 8), 1e-4)

@@ -8,6 +8,7 @@ layers and networks of every size.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from graphc.codegen.emit import Scope
@@ -33,7 +34,16 @@ class _KernelEmitter(ReductionEmitter):
 
     def render(self) -> CompiledCall:
         root = Scope(None, frozenset(), 1)
-        body = self.outer_scopes(root)
+        order, whole = self.schedule.order, self.schedule.whole
+        around = self.outer_scopes(root, order if whole else order[:-1])
+        for body in [around] if whole else self._tiles(around, order[-1]):
+            self.stores(body)
+            self.close(body, around)
+        self.close(around, root)
+        return self.finish(root)
+
+    def stores(self, body: Scope) -> None:
+        """What the kernel computes, for one register tile."""
         groups: dict[tuple[str, ...], list] = {}
         for store in self.kernel.stores:
             groups.setdefault(store.loops, []).append(store)
@@ -44,8 +54,22 @@ class _KernelEmitter(ReductionEmitter):
             for store, value in zip(stores, values, strict=True):
                 self.store(store.access, value, scope)
             self.close(scope, body)
-        self.close(body, root)
-        return self.finish(root)
+
+    def _tiles(self, around: Scope, loop: str) -> Iterator[Scope]:
+        """The scope of the loop's whole tiles, then that of what is left, as a smaller tile."""
+        count, extent = self.tile[loop], self.kernel.loops[loop].extent
+        whole = Scope(around, around.bound | {loop}, around.depth + 1)
+        trips = self.number(("trips", loop), f"t_{loop}_", extent // count)
+        whole.lines.append("    " * around.depth + f"for u_{loop} in range({trips}):")
+        whole.add(f"{loop} = u_{loop} * {count}")
+        yield whole
+        left = Scope(around, around.bound | {loop}, around.depth)
+        left.add(f"u_{loop} = {trips}")
+        left.add(f"{loop} = u_{loop} * {count}")
+        self.tile[loop] = extent % count
+        if self.tile[loop] == 1:
+            del self.tile[loop]
+        yield left
 
     def finish(self, root: Scope) -> CompiledCall:
         names = [f"a_{b.name}" for b in self.kernel.buffers]
@@ -95,8 +119,8 @@ class _KernelEmitter(ReductionEmitter):
             last = self.number(("last", loop), f"l_{loop}_", self.kernel.loops[loop].extent - count)
             scope.add(f"{loop} = min({source} * {count}, {last})")
 
-    def outer_scopes(self, root: Scope) -> Scope:
-        order, shared = self.schedule.order, self.schedule.parallel
+    def outer_scopes(self, root: Scope, order: tuple[str, ...]) -> Scope:
+        shared = self.schedule.parallel
         scope = root
         for loop in self.schedule.around:
             scope = self._outer_loop(scope, loop)

@@ -155,6 +155,16 @@ class Kernel:
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """Memory that `buffer` is read from `distance` elements behind where it is read now, by one
+    iteration of `loop` after the other."""
+
+    buffer: int
+    loop: str
+    distance: int
+
+
+@dataclass(frozen=True)
 class Schedule:
     """How a kernel runs on a CPU.
 
@@ -164,6 +174,9 @@ class Schedule:
     order     outer loops as nested, outermost first, without the lane loop
     parallel  how many leading loops of `order` are shared between threads
     around    loops around all of `order`, which every thread runs (parts of a sum)
+    whole     whether the last register tile of the innermost loop is moved back to end with the
+              loop, computing some elements again; else it is a smaller tile
+    ahead     operands of which each tile fetches a share of what the next tiles need
     """
 
     lane: str | None
@@ -171,3 +184,5 @@ class Schedule:
     order: tuple[str, ...]
     parallel: int
     around: tuple[str, ...] = ()
+    whole: bool = True
+    ahead: tuple[Ahead, ...] = ()

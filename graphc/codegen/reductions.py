@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from graphc.codegen.emit import Emitter, Scope, Var
-from graphc.codegen.kernel import Kernel, Schedule
+from graphc.codegen.kernel import Access, Ahead, Kernel, Schedule
+from graphc.codegen.read_ahead import LINE, contiguous
 from graphc.expr import Expr, Index
 
 # Most iterations of an innermost loop that are written out.
@@ -59,6 +61,7 @@ class ReductionEmitter(Emitter):
         clips = self._clips(group, loops)
         written = [n for n in plain[-1:] if n not in clips and self._is_written_out(n, group)]
         inner = self.open_loops(scope, plain[: len(plain) - len(written)], clips)
+        self._read_ahead(expr, plain, inner)
         for step in self._written_out(inner, written[0]) if written else [inner]:
             for member, names in zip(group, accumulators, strict=True):
                 self._accumulate(member, names, step)
@@ -69,6 +72,41 @@ class ReductionEmitter(Emitter):
                 member, names, scope
             )
         return scope.values[(id(expr), self.guard, False)]
+
+    def _read_ahead(self, expr: Expr, loops: list[str], inner: Scope) -> None:
+        """Fetch a share of what `Schedule.ahead` says, as far as this sum reads it."""
+        aheads = {ahead.buffer: ahead for ahead in self.schedule.ahead}
+        for factor in (self._product(expr.args[0]) or ()) if aheads else ():
+            if factor.op == "load" and factor.attributes["access"].buffer in aheads:
+                access: Access = factor.attributes["access"]
+                self._fetch(access, self.axes(factor), aheads[access.buffer], loops, inner)
+
+    def _fetch(
+        self,
+        access: Access,
+        axes: tuple[str, ...],
+        ahead: Ahead,
+        loops: list[str],
+        inner: Scope,
+    ) -> None:
+        """One tile's share of the lines that `loops` read through an access, further on."""
+        count, elements = contiguous(self.kernel, access, loops, self.lanes)
+        known = {*loops[: len(loops) - count]}
+        scope = next(s for s in inner.chain() if known <= s.bound)
+        kept = tuple((n, s) for n, s in access.strides if n in known or n not in loops)
+        at = self.address(replace(access, strides=kept), scope)
+        count = self.tile.get(ahead.loop, 1)
+        trip = ahead.loop if count == 1 else f"u_{ahead.loop}"
+        share = -(-elements // (LINE * -(-self.kernel.loops[ahead.loop].extent // count)))
+        distance = self.number(("ahead", ahead.buffer), "ahead", ahead.distance)
+        start = self.fresh("next")
+        scope.add(f"{start} = {at} + {distance} + {trip} * {share * LINE}")
+        fetch, pointer = self.factory("prefetch", "v.prefetch"), self.pointer(access)
+        for digits in self._digits(axes):
+            steps = [f" + {d} * {self.stride(access, n)}" for n, d in digits.items() if d]
+            for line in range(share):
+                offset = f" + {line * LINE}" if line else ""
+                scope.add(f"{fetch}({pointer}, {start}{''.join(steps)}{offset})")
 
     def _start(self, expr: Expr, scope: Scope) -> list[Var]:
         """Declare accumulators: one, or best value and its position for argmax."""

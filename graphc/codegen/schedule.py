@@ -11,7 +11,8 @@ import itertools
 import math
 
 from graphc.codegen import parts
-from graphc.codegen.kernel import Access, Kernel, Loop, Schedule
+from graphc.codegen.kernel import Access, Ahead, Kernel, Loop, Schedule
+from graphc.codegen.read_ahead import read_ahead
 from graphc.codegen.reductions import known_factor
 from graphc.codegen.tile_cost import (
     L2_BYTES_PER_CYCLE,
@@ -24,6 +25,8 @@ from graphc.expr import Expr
 
 # Cycles of a multiply-add that leave nothing to gain from cutting a sum into parts.
 _GOOD = 0.56
+# Tiles that are tried with every way to cut a sum.
+_FEW = 8
 _COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14)
 
 
@@ -61,8 +64,10 @@ def rank_schedules(
     schedules = []
     for tile in list(tiles)[:most]:
         counts = dict(tile)
-        # Loops that end early in their last block are not shared.
-        even = itertools.takewhile(lambda n: not kernel.loops[n].ragged, outer)
+        # Loops that end early, or with a smaller tile, are not shared.
+        ends = [n for n, count in tile if outside and kernel.loops[n].extent % count]
+        uneven = [i for i, n in enumerate(outer) if n in ends or kernel.loops[n].ragged]
+        even = outer[: min(uneven, default=len(outer))]
         trips = [math.ceil(kernel.loops[n].extent / counts.get(n, 1)) for n in even]
         shared = 1 if blocks else _shared(trips, threads) if threads > 1 else 0
         around: tuple[str, ...] = ()
@@ -73,8 +78,20 @@ def rank_schedules(
                 around = outside
             else:
                 order = (*outer[:first], *outside, *outer[first:])
-        schedules.append(Schedule(lane, tile, order, shared, around))
+        ahead = _ahead(kernel, lane, counts, order[shared:])
+        schedules.append(Schedule(lane, tile, order, shared, around, not ends, ahead))
     return schedules
+
+
+def _ahead(
+    kernel: Kernel, lane: str | None, counts: dict[str, int], order: tuple[str, ...]
+) -> tuple[Ahead, ...]:
+    """What the main sum reads ahead, `order` being the loops around it that one thread runs."""
+    main = _main_reduction(kernel)
+    if main is None:
+        return ()
+    operands = [a for factor in _factors(main) for a in _operand(factor)]
+    return read_ahead(kernel, operands, main.attributes["loops"], lane, counts, order)
 
 
 def _around_all(
@@ -334,8 +351,9 @@ def _rank_tiles(
             and kernel.loops[block].extent > 1
         ):
             candidates.append(block)
-    if kept:
-        limits = {**{n: kernel.loops[n].extent for n in candidates}, **limits}
+    if kept:  # the innermost loop may end with a smaller tile
+        outside = candidates if len(order) < 2 else [n for n in candidates if n != order[-1]]
+        limits = {**{n: kernel.loops[n].extent for n in outside}, **limits}
     shared = next((n for n in limits if n), None)
     cost = TileCost(kernel, main, operands, order, lane, lanes, kept, shared)
     costs: dict[Tile, float] = {}
@@ -368,11 +386,9 @@ def _choose_parts(
     factors = [_operand(factor) for factor in _factors(main)]
     shared = next((n for n in limits if n), None)
     costs = [TileCost(kernel, main, factors, order, lane, lanes, kept, shared) for kept in ways]
-    # The best tile for the smallest parts, the best parts for this tile, the best tile for those.
-    kept = ways[-1]
-    for _ in range(2):
-        tile = next(iter(_rank_tiles(kernel, lane, lanes, fixed, limits, order, kept)))
-        kept = ways[min(range(len(ways)), key=lambda way: costs[way](tile))]
+    # The best few tiles of the smallest parts, the best parts for one of them, their best tile.
+    few = list(_rank_tiles(kernel, lane, lanes, fixed, limits, order, ways[-1]))[:_FEW]
+    kept = ways[min(range(len(ways)), key=lambda way: min(map(costs[way], few)))]
     cut = _rank_tiles(kernel, lane, lanes, fixed, limits, order, kept)
     return (kept, cut) if min(cut.values()) < 0.95 * min(tiles.values()) else ({}, tiles)
 

@@ -23,9 +23,9 @@ _PART_BYTES = 14_000
 _L2_BYTES = 400_000
 L2_BYTES_PER_CYCLE = 24.0
 L3_BYTES_PER_CYCLE = 9.0
-# Separate pieces of a large operand that the hardware fetches ahead of time; each one more stalls.
-_STREAMS = 24
-_MISS_CYCLES = 50.0
+# What a line of an operand beyond the second cache costs for every separate piece of memory that a
+# tile reads: the hardware fetches a few streams ahead of time, the more there are the later.
+_STREAM_CYCLES = 0.14
 
 
 class TileCost:
@@ -75,9 +75,9 @@ class TileCost:
         if self.lane_is_reduced:
             outside += 4.0 * accumulators
         if self.parts:
-            outside += 0.4 * accumulators - 9.0 + 0.5 * stored / L2_BYTES_PER_CYCLE
-        pieces = sum(max(0, read.pieces(dict(tile)) - _STREAMS) for read in self.streamed)
-        cycles = max(issue, memory) + 0.15 * min(issue, memory) + outside + _MISS_CYCLES * pieces
+            outside += 0.4 * accumulators - 20.0 + 0.5 * stored / L2_BYTES_PER_CYCLE
+        late = sum(r.pieces(dict(tile)) * r.bytes(dict(tile)) / _LINE_BYTES for r in self.streamed)
+        cycles = max(issue, memory) + 0.15 * min(issue, memory) + outside + _STREAM_CYCLES * late
         waste = math.prod(-(-self.extents[n] // c) * c / self.extents[n] for n, c in tile)
         return cycles / (accumulators * self.steps) * waste
 
@@ -99,7 +99,9 @@ class TileCost:
         # A spilled sum is stored and loaded once a step. Two loads a cycle is what the manual says;
         # cache banks meet now and then.
         latency = 12.0 if spilled else 4.0
-        return max(accumulators / 2, 0.55 * loads, latency) + 0.5 + 2.0 * spilled + 0.25 * pointers
+        # Where no register is left over, loads wait for one.
+        full = 0.5 if need >= self.registers else 0.15
+        return max(accumulators / 2, 0.55 * loads, latency) + full + 2.0 * spilled + 0.25 * pointers
 
     def _memory(self, counts: dict[str, int]) -> float:
         """Cycles in which the next cache delivers what a tile does not find in the first one.
