@@ -27,11 +27,11 @@ from passes.hoist_parameters import HoistParameters
 from passes.parallelize import Parallelize
 from passes.pipeline import BACKWARD, FORWARD
 from passes.plan_memory import PlanMemory
-from passes.read_interior import ReadInterior
 from passes.read_padded import ReadPadded
 from passes.receive_padded import ReceivePadded
 from passes.rematerialize import Rematerialize
 from passes.repeat_affine import RepeatAffine
+from passes.repeat_padding import RepeatPadding
 from passes.schedule import Schedule
 from passes.set_mode import SetMode
 from passes.share_scratch import ShareScratch
@@ -270,8 +270,8 @@ def default_pipeline(layout: str | None = None, target: str = "cpu") -> Pipeline
             ExplicitPadding(),
             SumByBlocks(cpu_target.host_lanes()),
             ReadPadded(),
+            RepeatPadding(),
             RepeatAffine(),
-            ReadInterior(),
             Fuse(),
             AssignLayouts(cpu_target.host_lanes(), layout, can_lower=cpu_target.can_lower),
         )

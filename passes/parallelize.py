@@ -104,13 +104,22 @@ class _Order:
     def delay_recomputed(self, graph: Graph) -> None:
         """Let a recomputed value wait for the other operands of its first reader.
 
-        It could be made in the forward pass already, and would have to be kept."""
+        It could be made in the forward pass already, and would have to be kept. Where the first
+        reader is recomputed itself, both wait for the same."""
         position = {node.name: i for i, node in enumerate(self.nodes)}
-        recomputed = {node.name for node in self.nodes if _is_recomputed(node)}
-        for name in recomputed:
-            users = [user for v in graph.node(name).outputs for user, _ in graph.users(v)]
-            first = min(users, key=lambda user: position[user.name], default=None)
-            for other in {v.node.name for v in first.inputs} - recomputed if first else ():
+        recomputed: set[str] = set()
+        for node in self.nodes:
+            if _is_recomputed(node, recomputed):
+                recomputed.add(node.name)
+        waits: dict[str, set[str]] = {}
+        for node in reversed(self.nodes):
+            if node.name in recomputed:
+                users = [user for v in node.outputs for user in readers(graph, v)]
+                first = min(users, key=lambda user: position[user.name])
+                others = {v.node.name for v in first.inputs} - recomputed
+                waits[node.name] = waits.get(first.name, others)
+        for name, others in waits.items():
+            for other in others:
                 self.successors[position[other]].append(position[name])
                 self.waiting[position[name]] += 1
 
@@ -141,12 +150,13 @@ class _Order:
         )
 
 
-def _is_recomputed(node: Node) -> bool:
-    """Whether the backward pass makes a value from values of the forward pass alone."""
+def _is_recomputed(node: Node, recomputed: set[str]) -> bool:
+    """Whether the backward pass makes a value from values of the forward pass, or of those that
+    are `recomputed` themselves, alone."""
+    if node.origin.phase != "backward" or not _runs(node):
+        return False
     operands = [root(v).node for v in node.inputs]
-    forward = all(n.origin.phase == "" for n in operands)
-    known = all(n.op in SOURCES for n in operands)
-    return node.origin.phase == "backward" and _runs(node) and forward and not known
+    return all(n.origin.phase == "" or n.name in recomputed for n in operands)
 
 
 def _runs(node: Node) -> bool:

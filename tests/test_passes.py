@@ -28,7 +28,7 @@ from passes.fuse import Fuse
 from passes.parallelize import Parallelize
 from passes.pipeline import BACKWARD, FORWARD
 from passes.plan_memory import PlanMemory
-from passes.read_interior import ReadInterior
+from passes.repeat_padding import RepeatPadding
 from passes.read_padded import ReadPadded
 from passes.repeat_affine import RepeatAffine
 from passes.rewrite import rewrite
