@@ -269,8 +269,8 @@ def default_pipeline(layout: str | None = None, target: str = "cpu") -> Pipeline
         (
             ExplicitPadding(),
             SumByBlocks(cpu_target.host_lanes()),
-            ReadPadded(),
             RepeatPadding(),
+            ReadPadded(),
             RepeatAffine(),
             Fuse(),
             AssignLayouts(cpu_target.host_lanes(), layout, can_lower=cpu_target.can_lower),

@@ -102,26 +102,36 @@ class _Order:
         return [self.nodes[i] for i in self.order]
 
     def delay_recomputed(self, graph: Graph) -> None:
-        """Let a recomputed value wait for the other operands of its first reader.
+        """Let a recomputed value wait for the last of the other operands of its first reader.
 
-        It could be made in the forward pass already, and would have to be kept. Where the first
-        reader is recomputed itself, both wait for the same."""
+        It could be made in the forward pass already, and would have to be kept. Where nothing else
+        reads it, it waits for what its reader waits for, if that is recomputed as well."""
         position = {node.name: i for i, node in enumerate(self.nodes)}
+        read_by = {n.name: [r for v in n.outputs for r in readers(graph, v)] for n in self.nodes}
+        depth: dict[str, int] = {}  # in the backward pass
         recomputed: set[str] = set()
         for node in self.nodes:
-            if _is_recomputed(node, recomputed):
+            operands = [root(v).node for v in node.inputs]
+            if node.origin.phase == "backward":
+                depth[node.name] = 1 + max((depth.get(n.name, 0) for n in operands), default=0)
+            alone = {n.name for n in operands if n.name in recomputed and len(read_by[n.name]) == 1}
+            forward = all(n.origin.phase == "" or n.name in alone for n in operands)
+            if forward and _is_repeated(node, operands):
                 recomputed.add(node.name)
-        waits: dict[str, set[str]] = {}
+        waits: dict[str, str] = {}
         for node in reversed(self.nodes):
-            if node.name in recomputed:
-                users = [user for v in node.outputs for user in readers(graph, v)]
-                first = min(users, key=lambda user: position[user.name])
-                others = {v.node.name for v in first.inputs} - recomputed
-                waits[node.name] = waits.get(first.name, others)
-        for name, others in waits.items():
-            for other in others:
-                self.successors[position[other]].append(position[name])
-                self.waiting[position[name]] += 1
+            if node.name not in recomputed or not read_by[node.name]:
+                continue
+            first = min(read_by[node.name], key=lambda reader: position[reader.name])
+            operands = [root(v).node.name for v in first.inputs]
+            last = max(operands, key=lambda name: depth.get(name, 0))
+            if depth.get(last, 0) > depth[node.name]:
+                waits[node.name] = last
+            elif first.name in waits and len(read_by[node.name]) == 1:
+                waits[node.name] = waits[first.name]
+        for name, other in waits.items():
+            self.successors[position[other]].append(position[name])
+            self.waiting[position[name]] += 1
 
     def release(self, i: int) -> None:
         if not _runs(self.nodes[i]):
@@ -150,13 +160,10 @@ class _Order:
         )
 
 
-def _is_recomputed(node: Node, recomputed: set[str]) -> bool:
-    """Whether the backward pass makes a value from values of the forward pass, or of those that
-    are `recomputed` themselves, alone."""
-    if node.origin.phase != "backward" or not _runs(node):
-        return False
-    operands = [root(v).node for v in node.inputs]
-    return all(n.origin.phase == "" or n.name in recomputed for n in operands)
+def _is_repeated(node: Node, operands: list[Node]) -> bool:
+    """Whether the backward pass makes a value of images and not of parameters alone."""
+    known = all(n.op in SOURCES and n.op != "input" for n in operands)
+    return node.origin.phase == "backward" and _runs(node) and not known
 
 
 def _runs(node: Node) -> bool:

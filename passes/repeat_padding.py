@@ -14,9 +14,8 @@ class RepeatPadding(Pass):
 
     Requires: int dimensions, `explicit_padding`. Ensures: equal results. Weight gradients read the
     padded images of the forward pass, which would be kept beside what they are made from; the copy
-    is made just before it is read, often block by block in the cache. Left alone is what is stored
-    with its padding and nowhere else, as others read its inside (`read_padded`), and what has less
-    than `least_bytes`.
+    is made just before it is read, often block by block in the cache. What has less than
+    `least_bytes` is left alone: it costs little to keep and a launch to make.
     """
 
     least_bytes: int = 1_000_000
@@ -50,5 +49,4 @@ class RepeatPadding(Pass):
             pad.origin.phase == ""
             and pad.types[0].nbytes >= self.least_bytes
             and any(user.origin.phase == "" for user in users)
-            and all(user.op != "slice" for user in users)
         )
