@@ -123,8 +123,7 @@ class _Order:
             if node.name not in recomputed or not read_by[node.name]:
                 continue
             first = min(read_by[node.name], key=lambda reader: position[reader.name])
-            operands = [root(v).node.name for v in first.inputs]
-            last = max(operands, key=lambda name: depth.get(name, 0))
+            last = max((root(v).node.name for v in first.inputs), key=lambda n: depth.get(n, 0))
             if depth.get(last, 0) > depth[node.name]:
                 waits[node.name] = last
             elif first.name in waits and len(read_by[node.name]) == 1:
