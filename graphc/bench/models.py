@@ -104,6 +104,10 @@ class Work:
         graph = self.graph()
         return {n: materialise(node, 0) for n, node in {**graph.parameters, **graph.states}.items()}
 
+    def weight_bytes(self) -> int:
+        """Bytes of the parameters."""
+        return sum(node.types[0].nbytes for node in self.graph().parameters.values())
+
     def flops(self) -> int:
         """Operations of the convolutions and products of one call, counted as direct ones."""
         from graphc.compiler import transform

@@ -28,6 +28,7 @@ COLUMNS = (
     "cold s",
     "warm s",
     "MB",
+    "step MB",
 )
 _WIDE = 150
 _SPARED = (
@@ -186,7 +187,8 @@ LEGEND = (
     "call; ratio: time over graphc's in the same round (above 1: graphc is faster), with its "
     "middle half; GFLOP/s: the network's convolutions and products counted as direct ones, also as "
     "a share of the measured peak; cold, warm: seconds to compile (empty and filled cache) and run "
-    "once; MB: peak memory, and how much of it came after importing the library"
+    "once; MB: peak memory, and how much of it came after importing the library; step MB: the peak "
+    "of steps alone, over the library and the parameters"
 )
 
 
@@ -211,6 +213,7 @@ def cells(row: Row) -> tuple[str, ...]:
         "-" if row.cold is None else f"{row.cold:.2f}",
         "-" if row.warm is None else f"{row.warm:.2f}",
         f"{row.peak / 1e6:.0f} (+{(row.peak - row.imported) / 1e6:.0f})",
+        f"{row.step / 1e6:.0f}",
     )
 
 

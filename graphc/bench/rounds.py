@@ -67,7 +67,8 @@ class Row:
     faster), with its middle half. gflops: operations of the network's convolutions and products,
     counted as direct ones; share: of the measured peak. cold, warm: time to build the step and run
     it once, with an empty folder for compiled code and with a filled one (None: it keeps none).
-    peak: largest resident set; imported: the same once the library was imported.
+    peak: largest resident set; imported: the same once the library was imported; step: that of
+    running steps alone, over the library's and the parameters.
     """
 
     model: str
@@ -89,6 +90,7 @@ class Row:
     warm: float | None = None
     peak: int = 0
     imported: int = 0
+    step: int = 0
     note: str = ""
     rounds: list[float] = field(default_factory=list)
 
@@ -217,7 +219,9 @@ def measure(
         for name in list(workers):
             memory = ask(name, do="memory")
             if memory is not None:
-                rows[name].peak, rows[name].imported = memory["peak"], memory["imported"]
+                row = rows[name]
+                row.peak, row.imported = memory["peak"], memory["imported"]
+                row.step = memory["running"] - memory["imported"] - work.weight_bytes()
     for name, taken in times.items():
         summarise(rows[name], taken, times.get(OURS), flops, peak_gflops)
     return list(rows.values())
