@@ -207,27 +207,6 @@ def test_memory_of_what_came_before_is_forgotten():
     assert measure.peak_memory() < before - 90_000_000
 
 
-def test_turns_of_processes():
-    """graphc alone: builds cold, then warm, and its rounds make a row."""
-    said, kept = [], []
-
-    class Watched(Graphc):
-        def environment(self, folder):
-            kept.append(len(list(Path(folder).glob("*.obj"))))
-            return super().environment(folder)
-
-    (row,) = rounds.measure(Work("mlp", 4, "infer", 1), [Watched()], SHORT, 50.0, said.append)
-    assert len(kept) == 2 and 0 == kept[0] < kept[1]
-    assert row.note == "" and len(row.rounds) == SHORT.rounds
-    assert 0 < row.best <= row.median and row.low <= row.median <= row.high
-    assert row.ratio == 1.0 and row.gflops > 0
-    assert row.share == pytest.approx(row.gflops / 50.0)
-    assert row.cold > 0 and row.warm is not None and row.warm > 0
-    assert row.peak >= row.imported > 10e6
-    assert 0 < row.step < row.peak
-    assert any("built in" in text for text in said)
-
-
 class Broken(Graphc):
     """A peer whose process cannot build: its cache folder is open to everyone."""
 
@@ -402,11 +381,28 @@ def test_wrong_options_are_one_line(arguments, message, capsys):
     assert message in error and "\n" not in error
 
 
-def test_command_end_to_end(tmp_path, capsys):
-    arguments = "--models mlp --batches 4 --modes infer --threads 1 --rounds 1 --quick".split()
+def test_command_end_to_end(tmp_path, capsys, monkeypatch):
+    """graphc alone: builds cold, then warm, and its turns make a row."""
+    kept = []
+
+    class Watched(Graphc):
+        def environment(self, folder):
+            kept.append(len(list(Path(folder).glob("*.obj"))))
+            return super().environment(folder)
+
+    monkeypatch.setitem(PEERS, "graphc", Watched())
+    arguments = "--models mlp --batches 4 --modes infer --threads 1 --rounds 2 --quick".split()
     assert bench.main([*arguments, "--peers", "graphc", "--out", str(tmp_path)]) == 0
-    assert "mlp, batch 4, infer, 1 thread" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "mlp, batch 4, infer, 1 thread" in shown.out and "built in" in shown.err
     document = json.loads((tmp_path / "benchmark.json").read_text())
-    (row,) = document["rows"]
-    assert row["peer"] == "graphc" and row["median"] > 0 and min(row["cold"], row["warm"]) > 0
-    assert document["machines"]["1"]["gflops"] > 0
+    peak = document["machines"]["1"]["gflops"]
+    (fields,) = document["rows"]
+    row = Row(**fields)
+    assert row.peer == "graphc" and row.note == "" and len(row.rounds) == 2
+    assert 0 < row.best <= row.median and row.low <= row.median <= row.high
+    assert row.ratio == 1.0 and row.gflops > 0 and row.share == pytest.approx(row.gflops / peak)
+    assert row.cold > 0 and row.warm is not None and row.warm > 0
+    measured, cold, warm = kept
+    assert measured == cold == 0 < warm
+    assert row.peak >= row.imported > 10e6 and 0 < row.step < row.peak

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -314,6 +315,14 @@ def test_profile_times_every_launch_and_leaves_the_state_alone(step):
     assert 0 < profile.step and profile.seconds > 0 and profile.runs == 5
     assert math.isclose(sum(profile.phases().values()), profile.seconds)
     assert set(profile.phases()) == {"forward", "backward", "update"}
+    kinds = profile.kinds()
+    assert {kind: totals["launches"] for kind, totals in kinds.items()} == Counter(
+        i.kind for i in every
+    )
+    seconds = [totals["seconds"] for totals in kinds.values()]
+    assert seconds == sorted(seconds, reverse=True) and math.isclose(sum(seconds), profile.seconds)
+    best = sum(row.share * row.seconds for row in profile.launches)
+    assert math.isclose(sum(totals["best"] for totals in kinds.values()), best)
     text = str(profile)
     assert all(row.name[:20] in text for row in profile.launches) and "of the measured" in text
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +124,10 @@ class Profile:
 
     def phases(self) -> dict[str, float]:
         """Seconds of forward, backward and update."""
-        return self._totals(lambda launch: launch.phase)
+        found: dict[str, float] = {}
+        for launch in self.launches:
+            found[launch.phase] = found.get(launch.phase, 0.0) + launch.seconds
+        return found
 
     def layers(self) -> dict[str, dict[str, float]]:
         """Seconds by layer and phase, in the order of the layers' first kernels.
@@ -137,11 +140,16 @@ class Profile:
             phases[launch.phase] = phases.get(launch.phase, 0.0) + launch.seconds
         return found
 
-    def _totals(self, key: Callable[[LaunchTime], str]) -> dict[str, float]:
-        found: dict[str, float] = {}
+    def kinds(self) -> dict[str, dict[str, float]]:
+        """By kind of kernel, the longest first: the number of its launches, their `seconds`, and
+        the least seconds that the machine needs for their work, `best`."""
+        found: dict[str, dict[str, float]] = {}
         for launch in self.launches:
-            found[key(launch)] = found.get(key(launch), 0.0) + launch.seconds
-        return found
+            kind = found.setdefault(launch.kind, {"launches": 0, "seconds": 0.0, "best": 0.0})
+            kind["launches"] += 1
+            kind["seconds"] += launch.seconds
+            kind["best"] += launch.share * launch.seconds
+        return dict(sorted(found.items(), key=lambda item: -item[1]["seconds"]))
 
     # ---- as text, JSON, a trace
 
@@ -152,6 +160,8 @@ class Profile:
             *self._launch_table(),
             "",
             *self._layer_table(),
+            "",
+            *self._kind_table(),
             "",
             *self._summary(),
         ]
@@ -198,6 +208,19 @@ class Profile:
         ]
         return table(("layer", *(f"{p} us" for p in phases), "us", "%"), rows, left=1)
 
+    def _kind_table(self) -> list[str]:
+        rows = [
+            (
+                shorten(kind, 40),
+                str(totals["launches"]),
+                f"{1e6 * totals['seconds']:.1f}",
+                f"{100 * totals['seconds'] / (self.seconds or 1.0):.1f}",
+                f"{1e6 * totals['best']:.1f}",
+            )
+            for kind, totals in self.kinds().items()
+        ]
+        return table(("kind", "launches", "us", "%", "at best us"), rows, left=1)
+
     def _summary(self) -> Iterable[str]:
         machine, gflops = self.machine, self.flops / (self.step or 1.0) * 1e-9
         yield (
@@ -234,6 +257,7 @@ class Profile:
             "bytes": self.bytes,
             "phases": self.phases(),
             "layers": self.layers(),
+            "kinds": self.kinds(),
             "machine": dataclasses.asdict(self.machine),
             "launches": [
                 {**dataclasses.asdict(row), **{name: getattr(row, name) for name in rates}}
