@@ -263,12 +263,13 @@ def default_pipeline(layout: str | None = None, target: str = "cpu") -> Pipeline
     Edit it as data and pass `pipeline=`."""
     if target != "cpu":  # values are rows: threads read neighbours, not vectors
         return Pipeline((ExplicitPadding(rows=True), Fuse()))
+    from graphc.codegen import core
     from graphc.codegen import target as cpu_target
 
     return Pipeline(
         (
             ExplicitPadding(),
-            SumByBlocks(cpu_target.host_lanes()),
+            SumByBlocks(cpu_target.host_lanes(), core.L3_BYTES),
             RepeatPadding(),
             ReadPadded(),
             RepeatAffine(),
@@ -280,6 +281,7 @@ def default_pipeline(layout: str | None = None, target: str = "cpu") -> Pipeline
 
 def memory_pipeline(threads: int, check: bool = False) -> Pipeline:
     """Order the kernels, group those that go block by block, and place every value, for the CPU."""
+    from graphc.codegen import core
     from graphc.codegen import target as cpu_target
     from graphc.runtime.cpu import COPY_BYTES
 
@@ -288,7 +290,8 @@ def memory_pipeline(threads: int, check: bool = False) -> Pipeline:
             HoistParameters(),
             *(() if check else (ReceivePadded(COPY_BYTES),)),
             Schedule(updates_in_place=True),
-            Parallelize(cpu_target.blocks, threads),
+            # Not all of a group is live at once: a little more than the cache.
+            Parallelize(cpu_target.blocks, 3 * core.L2_BYTES // 2, threads),
             *(() if check else (ShareScratch(threads),)),
             PlanMemory(updates_in_place=not check, reuse=not check),
         )

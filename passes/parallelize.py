@@ -27,9 +27,8 @@ class Parallelize(Pass):
     """
 
     blocks: Callable[[Node], int | None]
+    cache_bytes: int  # what values of a share may take together to stay in a core's own cache
     threads: int = 1
-    # A little more than a core's own cache: not all of a group is live at once.
-    cache_bytes: int = 600_000
     reorder: bool = True  # False: only kernels that follow each other already
 
     def run(self, graph: Graph) -> Graph:

@@ -28,7 +28,7 @@ class SumByBlocks(Pass):
 
     lanes: int
     # Operands of fewer bytes are still in the cores' caches when the whole batch has been through.
-    cached_bytes: int = 4_000_000
+    cached_bytes: int
 
     def run(self, graph: Graph) -> Graph:
         batch = graph.annotations.get("batch") or 0

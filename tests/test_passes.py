@@ -489,7 +489,7 @@ def test_groups_go_on_and_recomputed_values_wait():
         again = region(graph, "again", first)
         graph.output(gradient=region(graph, "gradient", cotangent, again))
     blocks = dict.fromkeys(("first", "second", "loss", "cotangent", "again"), 2)
-    after, _ = Pipeline((Parallelize(lambda n: blocks.get(n.name)),)).run(graph, verify=True)
+    after, _ = Pipeline((Parallelize(lambda n: blocks.get(n.name), 0),)).run(graph, verify=True)
     order = [n.name for n in after if n.op == "fused"]
     group = ("first", "second", "loss", "cotangent", "again")
     assert order == ["transformed", *group, "gradient"]

@@ -9,7 +9,7 @@ import pytest
 from compile_checks import assert_same
 
 import graphc as gc
-from graphc.codegen import parts, program, tile_cost
+from graphc.codegen import core, parts, program
 from graphc.codegen.lower import lower_region
 from graphc.codegen.simd_host import host_lanes
 from graphc.interpreter import interpret
@@ -137,8 +137,8 @@ def test_arrays_in_and_out_of_ordered_layouts(axis):
 @pytest.mark.parametrize("layout, batch", [("batch", 16), ("channels", 3)])
 def test_weight_gradients_in_parts(layout, batch, monkeypatch):
     """Around the loops that threads share, or within them."""
-    monkeypatch.setattr(tile_cost, "_L1_BYTES", 8000)
-    monkeypatch.setattr(tile_cost, "_L2_BYTES", 9000)
+    monkeypatch.setattr(core, "L1_BYTES", 8000)
+    monkeypatch.setattr(core, "L2_BYTES", 9000)
     monkeypatch.setattr(program, "_scheduled", {})
     layer = ((9, 31, 64), (32, 9, 3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1), 1)
     compiled = check_gradients([layer], layout, batch)

@@ -168,13 +168,14 @@ def _load_limits(threads: int) -> Machine | None:
 
 def measure_machine(threads: int) -> Machine:
     """Measure the limits of `threads` threads: 0.3 s. See `machine_limits`."""
+    from graphc.codegen.core import registers
     from graphc.codegen.simd_host import host_lanes
     from graphc.runtime.arena import aligned_zeros
     from graphc.runtime.linker import KernelSource, load_kernels
     from graphc.runtime.team import available_cores
 
     lanes = host_lanes()
-    tile = 24 if lanes in (4, 16) else 12  # fills 32 or 16 registers and hides the latency
+    tile = 3 * registers(lanes) // 4  # fills them, but for operands, and hides the latency
     fma = _MULTIPLY_ADDS.format(
         lanes=lanes, tile=tile, stored=tile * lanes, numbers=(0,) * tile, zeros=(0,) * tile
     )

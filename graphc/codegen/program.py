@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from graphc import errors
+from graphc.codegen import core
 from graphc.codegen.cpu import CompiledCall, render
 from graphc.codegen.kernel import Kernel, Schedule
 from graphc.codegen.lower import CannotLower, lower_region
@@ -193,11 +194,8 @@ def blocks(node: Node) -> int | None:
         # an offset of whole blocks belongs to another image.
         if not (-stride < access.offset < stride if guarded else 0 <= low <= high < stride):
             return None
-    return None if weights > max(own, _CACHE_BYTES) else count
-
-
-# Weights up to this size stay in a core's cache from block to block.
-_CACHE_BYTES = 400_000
+    # Weights that fit stay in a core's cache from block to block.
+    return None if weights > max(own, core.L2_BYTES) else count
 
 
 def plan_launches(graph: Graph, lanes: int, threads: int) -> list[Launch]:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from graphc.codegen import core
 from graphc.codegen.kernel import Access, Ahead, Kernel
 
-# Operands that stay in the second cache need no help.
-_LARGE_BYTES = 400_000
-LINE = 16  # elements of four bytes in a cache line
+LINE = core.LINE_BYTES // 4  # elements of four bytes
 # More tiles than this to a panel hardly wait for it.
 _TILES = 8
 
@@ -44,7 +43,7 @@ def read_ahead(
             access.stride(lane) == 1
             and not access.stride(inside)
             and step > panel
-            and 4 * everything > _LARGE_BYTES
+            and 4 * everything > core.L2_BYTES  # what stays there needs no help
         ):
             found.append(Ahead(access.buffer, inside, step * counts.get(outside, 1)))
     return tuple(found)

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from graphc.codegen.core import registers
 from graphc.codegen.emit import Emitter, Scope, Var
 from graphc.codegen.kernel import Access, Ahead, Kernel, Schedule
 from graphc.codegen.read_ahead import LINE, contiguous
@@ -151,7 +152,7 @@ class ReductionEmitter(Emitter):
         # Registers to spare for operands of the next line, which LLVM loads early.
         values = [math.prod(self._counts(self.axes(factor))) for factor in product]
         used = math.prod(self._counts(self.axes(group[0]))) + min(values) + 1
-        return used + 2 <= (32 if self.lanes in (4, 16) else 16)
+        return used + 2 <= registers(self.lanes)
 
     def _written_out(self, scope: Scope, loop: str) -> Iterator[Scope]:
         """A scope for each iteration of a loop, one after the other in the code."""

@@ -10,17 +10,11 @@ from __future__ import annotations
 import itertools
 import math
 
-from graphc.codegen import parts
+from graphc.codegen import core, parts
 from graphc.codegen.kernel import Access, Ahead, Kernel, Loop, Schedule
 from graphc.codegen.read_ahead import read_ahead
 from graphc.codegen.reductions import known_factor
-from graphc.codegen.tile_cost import (
-    L2_BYTES_PER_CYCLE,
-    L3_BYTES_PER_CYCLE,
-    Tile,
-    TileCost,
-    all_bytes,
-)
+from graphc.codegen.tile_cost import Tile, TileCost, all_bytes
 from graphc.expr import Expr
 
 # Cycles of a multiply-add that leave nothing to gain from cutting a sum into parts.
@@ -110,7 +104,7 @@ def _around_all(
     again = sum(all_bytes(kernel, a) for a in operands if not any(a.stride(n) for n in first))
     result = sum(all_bytes(kernel, store.access) for store in kernel.stores) / threads
     added = 2 * result * kernel.trips(outside)
-    return added / L2_BYTES_PER_CYCLE < again * (units - 1) / L3_BYTES_PER_CYCLE
+    return added / core.L2_BYTES_PER_CYCLE < again * (units - 1) / core.L3_BYTES_PER_CYCLE
 
 
 def _ordered(kernel: Kernel, outer: tuple[str, ...]) -> tuple[str, ...]:

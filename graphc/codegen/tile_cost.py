@@ -1,4 +1,4 @@
-"""What a register tile costs: a small model of one core and its caches.
+"""What a register tile costs: a small model of one core (`graphc.codegen.core`) and its caches.
 
 Fused multiply-adds and loads each issue two a cycle, a chain of multiply-adds has a latency of
 four, and sums that do not fit the registers go through memory. Tiles whose operands leave the first
@@ -10,19 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from graphc.codegen import core
 from graphc.codegen.kernel import Access, Kernel
 from graphc.expr import Expr
 
 Tile = tuple[tuple[str, int], ...]
 
-# What a tile may keep in the first and second cache, and what a core gets from the next one.
-_LINE_BYTES = 64.0
-_L1_BYTES = 28_000
-# Operands of a part share the first cache with those of the next tiles, which arrive meanwhile.
-_PART_BYTES = 14_000
-_L2_BYTES = 400_000
-L2_BYTES_PER_CYCLE = 24.0
-L3_BYTES_PER_CYCLE = 9.0
 # What a line of an operand beyond the second cache costs for every separate piece of memory that a
 # tile reads: the hardware fetches a few streams ahead of time, the more there are the later.
 _STREAM_CYCLES = 0.14
@@ -51,8 +44,9 @@ class TileCost:
         self.lane_is_reduced = inside.pop(lane, 0) > 0
         self.steps = math.prod(inside.values())
         self.parts = bool(kept)
-        self.first_cache = _PART_BYTES if kept else _L1_BYTES
-        self.registers = 32 if lanes in (4, 16) else 16
+        # A part's operands share the first cache with those of the next tiles, which arrive soon.
+        self.first_cache = core.L1_BYTES // 2 if kept else core.L1_BYTES
+        self.registers = core.registers(lanes)
         self.inner_first = [n for n in reversed(order) if n != lane]
         reach = {**inside, lane: lanes} if lane else inside
         self.factors = [[_Access(a, reach, lane, lanes) for a in accesses] for accesses in factors]
@@ -61,7 +55,7 @@ class TileCost:
         run = {n: extent for n, extent in self.extents.items() if n != shared}
         inner = self.inner_first[:1]
         self.streamed = [
-            r for r in self.reads if r.spread(run) > _L2_BYTES and {*inner} & {*r.strides}
+            r for r in self.reads if r.spread(run) > core.L2_BYTES and {*inner} & {*r.strides}
         ]
 
     def __call__(self, tile: Tile) -> float:
@@ -71,12 +65,13 @@ class TileCost:
         # Each multiply-add chain starts and ends once a tile, and its result goes to some lines.
         # Parts are added to what earlier parts left there.
         stored = sum(result.bytes(dict(tile)) for result in self.results)
-        outside = 15.0 + 0.5 * accumulators + 1.5 * stored / _LINE_BYTES
+        outside = 15.0 + 0.5 * accumulators + 1.5 * stored / core.LINE_BYTES
         if self.lane_is_reduced:
             outside += 4.0 * accumulators
         if self.parts:
-            outside += 0.4 * accumulators - 20.0 + 0.5 * stored / L2_BYTES_PER_CYCLE
-        late = sum(r.pieces(dict(tile)) * r.bytes(dict(tile)) / _LINE_BYTES for r in self.streamed)
+            outside += 0.4 * accumulators - 20.0 + 0.5 * stored / core.L2_BYTES_PER_CYCLE
+        late = sum(r.pieces(dict(tile)) * r.bytes(dict(tile)) for r in self.streamed)
+        late /= core.LINE_BYTES
         cycles = max(issue, memory) + 0.15 * min(issue, memory) + outside + _STREAM_CYCLES * late
         waste = math.prod(-(-self.extents[n] // c) * c / self.extents[n] for n, c in tile)
         return cycles / (accumulators * self.steps) * waste
@@ -98,20 +93,21 @@ class TileCost:
         spilled = max(0, need - self.registers)
         # A spilled sum is stored and loaded once a step. Two loads a cycle is what the manual says;
         # cache banks meet now and then.
-        latency = 12.0 if spilled else 4.0
+        latency = 12.0 if spilled else core.LATENCY
         # Where no register is left over, loads wait for one.
         full = 0.5 if need >= self.registers else 0.15
-        return max(accumulators / 2, 0.55 * loads, latency) + full + 2.0 * spilled + 0.25 * pointers
+        issue = max(accumulators / core.MULTIPLY_ADDS_PER_CYCLE, 0.55 * loads, latency)
+        return issue + full + 2.0 * spilled + 0.25 * pointers
 
     def _memory(self, counts: dict[str, int]) -> float:
         """Cycles in which the next cache delivers what a tile does not find in the first one.
 
         The inner loops whose operands fit the first cache together read them once."""
         bytes_ = self._bytes(counts)
-        if bytes_ > _L2_BYTES:
-            return bytes_ / L3_BYTES_PER_CYCLE
+        if bytes_ > core.L2_BYTES:
+            return bytes_ / core.L3_BYTES_PER_CYCLE
         if bytes_ > self.first_cache:
-            return bytes_ / L2_BYTES_PER_CYCLE
+            return bytes_ / core.L2_BYTES_PER_CYCLE
         tiles = 1
         for n in self.inner_first:
             count, extent = counts.get(n, 1), self.extents[n]
@@ -123,7 +119,7 @@ class TileCost:
                 break
             tiles *= -(-extent // count)
             counts, bytes_ = {**counts, n: extent}, whole
-        return bytes_ / tiles / L2_BYTES_PER_CYCLE
+        return bytes_ / tiles / core.L2_BYTES_PER_CYCLE
 
     def _bytes(self, counts: Mapping[str, int]) -> float:
         return sum(read.bytes(counts) for read in self.reads)
@@ -180,10 +176,10 @@ class _Access:
                 runs.append((stride, extent))
         size, pieces = 4.0, 1
         for step, length in runs:
-            if 4.0 * step > max(size, _LINE_BYTES):
+            if 4.0 * step > max(size, core.LINE_BYTES):
                 pieces *= length
-            size = length * max(size, min(4.0 * step, _LINE_BYTES))
-        return max(size, _LINE_BYTES), pieces
+            size = length * max(size, min(4.0 * step, core.LINE_BYTES))
+        return max(size, core.LINE_BYTES), pieces
 
 
 def all_bytes(kernel: Kernel, access: Access) -> float:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from graphc.codegen import core
 from graphc.codegen.kernel import Access, Kernel
 from graphc.codegen.program import lower_node
 from graphc.codegen.reductions import known_factor
@@ -142,19 +143,14 @@ def _multiply_adds(node: Node) -> int:
     return 0
 
 
-# A core of no machine in particular: what `predicted_seconds` compares kernels by.
-_CLOCK = 3e9
-_OPERATIONS_PER_LANE = 4.0  # a cycle: two fused multiply-adds
-_BYTES_PER_CYCLE = 9.0  # from and to the cache that the cores share
-
-
 def predicted_seconds(node: Node, lanes: int, threads: int) -> float:
     """Time of a region from its operations and its bytes, whichever takes longer (the roofline
-    model: Williams, Waterman & Patterson 2009), on cores of a nominal 3 GHz that share it evenly.
+    model: Williams, Waterman & Patterson 2009), on cores (`graphc.codegen.core`) that share it
+    evenly and read from the cache that they share.
 
     Good for comparing kernels, and for shares of a step; the machine's own figures are in
     `graphc.bench.machine`."""
     kernel = lower_node(node)
-    arithmetic = kernel_flops(kernel) / (_OPERATIONS_PER_LANE * lanes)
-    memory = kernel_bytes(kernel, node) / _BYTES_PER_CYCLE
-    return max(arithmetic, memory) / (_CLOCK * threads)
+    arithmetic = kernel_flops(kernel) / (2 * core.MULTIPLY_ADDS_PER_CYCLE * lanes)
+    memory = kernel_bytes(kernel, node) / core.L3_BYTES_PER_CYCLE
+    return max(arithmetic, memory) / (core.CLOCK * threads)
