@@ -23,6 +23,7 @@ from passes.choose_convolutions import Choose, ChooseConvolutions, predicted_bes
 from passes.explicit_padding import ExplicitPadding
 from passes.fold_batch_norm import FoldBatchNorm
 from passes.fuse import Fuse
+from passes.gather_updates import GatherUpdates
 from passes.hoist_parameters import HoistParameters
 from passes.parallelize import Parallelize
 from passes.pipeline import BACKWARD, FORWARD
@@ -148,7 +149,8 @@ def _placed_within(
     Groups must not move what is computed again, and must go where they make the plan too large, as
     all values of a group live at once."""
     repeat = Rematerialize(limit, backend.seconds, updates_in_place=True)
-    small = backend.place.with_inserted(repeat, after="schedule")
+    last = "gather_updates" if "gather_updates" in backend.place.names else "schedule"
+    small = backend.place.with_inserted(repeat, after=last)
     if "parallelize" not in small.names:
         return small.run(fused, observer=observer)
     planned, records = small.with_options("parallelize", reorder=False).run(
@@ -290,6 +292,7 @@ def memory_pipeline(threads: int, check: bool = False) -> Pipeline:
             HoistParameters(),
             *(() if check else (ReceivePadded(COPY_BYTES),)),
             Schedule(updates_in_place=True),
+            GatherUpdates(),
             # Not all of a group is live at once: a little more than the cache.
             Parallelize(cpu_target.blocks, 3 * core.L2_BYTES // 2, threads),
             *(() if check else (ShareScratch(threads),)),
