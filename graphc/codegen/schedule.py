@@ -50,7 +50,9 @@ def rank_schedules(
     if lane or main:
         tiles = _rank_tiles(kernel, lane, lanes, fixed, {blocks: together}, outer)
     outside: tuple[str, ...] = ()
-    if main and min(tiles.values()) > _GOOD and parts.can_be_cut(kernel, main):
+    # Bounds checks cut the range of their loops short: outside, most parts would be empty.
+    whole = main is None or not fixed.isdisjoint(main.attributes["loops"])
+    if main and not whole and min(tiles.values()) > _GOOD and parts.can_be_cut(kernel, main):
         kept, tiles = _choose_parts(
             kernel, main, lane, lanes, fixed, {blocks: together}, outer, tiles
         )
