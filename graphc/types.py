@@ -6,7 +6,7 @@ import functools
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -91,6 +91,9 @@ class Layout:
     `order` lists the logical axes (the blocks, for the lane axis) from the slowest to the fastest
     in memory; () is their own order.
 
+    `spare` lists (axis, n): n elements (blocks, for the lane axis) behind those of the value are
+    left free, so that neighbours along the axes around it do not lie a power of two apart.
+
     `copies=n`: only one block of axis 0 is kept at a time, in a memory of its own for each of n
     threads (scratch inside a group of kernels that run block by block).
     """
@@ -99,14 +102,17 @@ class Layout:
     lanes: int = 1
     copies: int = 0
     order: tuple[int, ...] = ()
+    spare: tuple[tuple[int, int], ...] = ()
 
     def physical_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape in memory; of one thread's copy, where there are several."""
         if self.copies:
-            return (1, *Layout(self.lane_axis, self.lanes).physical_shape(shape)[1:])
+            return (1, *replace(self, copies=0).physical_shape(shape)[1:])
         blocked = list(shape)
         if self.lane_axis is not None:
             blocked[self.lane_axis] = -(-shape[self.lane_axis] // self.lanes)
+        for axis, count in self.spare:
+            blocked[axis] += count
         ordered = [blocked[axis] for axis in self.order or range(len(shape))]
         return (*ordered, *(() if self.lane_axis is None else (self.lanes,)))
 
@@ -123,6 +129,7 @@ class Layout:
         text = "rows" if self.lane_axis is None else f"lanes({self.lane_axis})x{self.lanes}"
         if self.order:
             text += f" of axes {','.join(map(str, self.order))}"
+        text += "".join(f" and {count} spare along {axis}" for axis, count in self.spare)
         return f"{text} a thread" if self.copies else text
 
 

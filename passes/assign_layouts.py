@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from graphc.ir import ROWS, Graph, Layout, Node, Value
 from graphc.ops.batch_parts import undivided
 from passes.base import Pass, note
+from passes.cache_sets import spread
 from passes.fuse import CONTRACTIONS
 
 BATCH, CHANNELS, PLAIN = "batch", "channels", "rows"
@@ -263,10 +264,12 @@ class _Assign:
                 if inner.op == "conv2d_weight_grad":
                     return self._lane(0) if shape[0] > 1 else ROWS
                 if inner.op == "patch_transform" or self._is_point_product(node, inner):
-                    return self._lane(2 if self._is_batched(node, value) else 0)
+                    points = self._lane(2 if self._is_batched(node, value) else 0)
+                    return spread(points, shape, along=1)
                 if inner.op in ("patch_weight_grad", "patch_transform_grad") and shape[0] > 1:
                     if not self._is_batched(node, value):
-                        return self._lane(0)
+                        points = self._lane(0)
+                        return spread(points, shape, 1) if inner.op[6:12] == "weight" else points
             if len(shape) == 4 and self._fills_lanes(shape[1]) and self._is_batched(node, value):
                 return self._lane(1)
             target = self._gradient_of(value)

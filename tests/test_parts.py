@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 import graphc as gc
+from graphc.ir import Layout
+from graphc.runtime.layout import read_layout, write_layout
+from passes.cache_sets import spread
 
 # (images, channels, height and width, output channels, kernel, stride, bias)
 CASES = {
@@ -64,3 +67,19 @@ def test_large_weights_are_read_ahead(threads):
     ahead = [launch.schedule.ahead for launch in exe.launches if launch.schedule.ahead]
     assert ahead and any("prefetch(" in launch.call.source for launch in exe.launches)
     agrees(exe, g, (1, 128, 8, 8), 1e-4)
+
+
+def test_points_of_a_patch_lie_in_many_sets():
+    """Places a multiple of 4096 bytes apart share one set of 8 lines."""
+    sizes = {(1, 36, 256, 16): 2, (1, 36, 64, 196): 2, (64, 36, 512, 1): 0, (3, 16, 40, 9): 2}
+    for shape, axis in sizes.items():
+        plain = Layout(axis, 8)
+        layout = spread(plain, shape, along=1)
+        step = 4 * layout.strides(shape)[1]
+        sets = [i * step // 64 % 64 for i in range(shape[1])]
+        assert max(map(sets.count, sets)) <= 5
+        assert step < 1.2 * 4 * plain.strides(shape)[1]
+        memory = np.empty(layout.physical_shape(shape), np.float32)
+        array = np.random.default_rng(0).standard_normal(shape, np.float32)
+        write_layout(memory, array, layout)
+        np.testing.assert_array_equal(read_layout(memory, shape, layout), array)

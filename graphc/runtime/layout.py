@@ -38,8 +38,10 @@ def read_layout(memory: np.ndarray, shape: tuple[int, ...], layout: Layout) -> n
 
 
 def _unordered(memory: np.ndarray, layout: Layout) -> np.ndarray:
-    """A view of `memory` with the axes in their own order, the lanes last."""
-    if not layout.order:
-        return memory
-    places = np.argsort(layout.order)
-    return memory.transpose(*places, *range(len(places), memory.ndim))
+    """A view of `memory` with the axes in their own order, the lanes last, without spare room."""
+    if layout.order:
+        places = np.argsort(layout.order)
+        memory = memory.transpose(*places, *range(len(places), memory.ndim))
+    for axis, count in layout.spare:
+        memory = memory[(slice(None),) * axis + (slice(0, memory.shape[axis] - count),)]
+    return memory
