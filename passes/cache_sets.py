@@ -11,7 +11,7 @@ import itertools
 from collections import Counter
 from dataclasses import replace
 
-from graphc.types import Layout
+from graphc.ir import Layout
 
 _LINE, _SETS = 64, 64
 # More lines than this of one patch in a set meet others' there.
