@@ -93,8 +93,9 @@ class ReductionEmitter(Emitter):
         """One tile's share of the lines that `loops` read through an access, further on."""
         count, elements = contiguous(self.kernel, access, loops, self.lanes)
         known = {*loops[: len(loops) - count]}
-        scope = next(s for s in inner.chain() if known <= s.bound)
         kept = tuple((n, s) for n, s in access.strides if n in known or n not in loops)
+        open_ = {n for n, _ in kept if n != self.lane and not self._unrolled(n)}
+        scope = next(s for s in inner.chain() if known | open_ | {ahead.loop} <= s.bound)
         at = self.address(replace(access, strides=kept), scope)
         count = self.tile.get(ahead.loop, 1)
         trip = ahead.loop if count == 1 else f"u_{ahead.loop}"

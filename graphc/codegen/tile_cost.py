@@ -52,11 +52,8 @@ class TileCost:
         self.factors = [[_Access(a, reach, lane, lanes) for a in accesses] for accesses in factors]
         self.reads = [read for reads in self.factors for read in reads]
         self.results = [_Access(s.access, {lane: lanes}, lane, lanes) for s in kernel.stores]
-        run = {n: extent for n, extent in self.extents.items() if n != shared}
-        inner = self.inner_first[:1]
-        self.streamed = [
-            r for r in self.reads if r.spread(run) > core.L2_BYTES and {*inner} & {*r.strides}
-        ]
+        nest = [n for n in reversed(self.inner_first) if n != shared]
+        self.streamed = [r for r in self.reads if self._is_streamed(r, nest)]
 
     def __call__(self, tile: Tile) -> float:
         accumulators = math.prod(c for _, c in tile)
@@ -95,7 +92,7 @@ class TileCost:
         # cache banks meet now and then.
         latency = 12.0 if spilled else core.LATENCY
         # Where no register is left over, loads wait for one.
-        full = 0.5 if need >= self.registers else 0.15
+        full = 0.5 if need + 1 >= self.registers else 0.15
         issue = max(accumulators / core.MULTIPLY_ADDS_PER_CYCLE, 0.55 * loads, latency)
         return issue + full + 2.0 * spilled + 0.25 * pointers
 
@@ -121,6 +118,15 @@ class TileCost:
             counts, bytes_ = {**counts, n: extent}, whole
         return bytes_ / tiles / core.L2_BYTES_PER_CYCLE
 
+    def _is_streamed(self, read: _Access, nest: Sequence[str]) -> bool:
+        """Whether each step of the inner loop reads new elements, from beyond the second cache.
+
+        The loops inside the first one that reads the same elements again say how many lie between.
+        """
+        repeats = (i + 1 for i, n in enumerate(nest) if n not in read.strides)
+        inside = {n: self.extents[n] for n in nest[next(repeats, 0) :]}
+        return not {*nest[-1:]}.isdisjoint(read.strides) and read.bytes(inside) > core.L2_BYTES
+
     def _bytes(self, counts: Mapping[str, int]) -> float:
         return sum(read.bytes(counts) for read in self.reads)
 
@@ -142,10 +148,6 @@ class _Access:
             if n in reach:
                 self.reach[stride] = self.reach.get(stride, 1) + reach[n] - 1
         self.known: dict[tuple[int, ...], tuple[float, int]] = {}
-
-    def spread(self, extents: Mapping[str, int]) -> int:
-        """Bytes from the first to the last element that the whole kernel touches."""
-        return 4 * sum(s * (extents[n] - 1) for n, s in self.strides.items() if n in extents)
 
     def bytes(self, counts: Mapping[str, int]) -> float:
         """Bytes in the cache lines that one tile touches."""
