@@ -21,6 +21,11 @@ _CACHE = None if os.environ.get("GRAPHC_CACHE_DIR") else tempfile.mkdtemp(prefix
 if _CACHE:
     os.environ["GRAPHC_CACHE_DIR"] = _CACHE
 
+# Where pytest's own processes fill the machine, each compiles alone: others would only take time to
+# import Numba.
+if 2 * int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")) > (os.cpu_count() or 1):
+    os.environ.setdefault("GRAPHC_COMPILE_WORKERS", "0")
+
 settings.register_profile(
     "graphc",
     deadline=None,  # the first example may compile

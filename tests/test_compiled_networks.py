@@ -55,7 +55,7 @@ def test_lenet_training(batch):
     train(gc.zoo.lenet5(), batch)
 
 
-@pytest.mark.parametrize("batch", few((1, 7, 16)))
+@pytest.mark.parametrize("batch", few((1, 7)))
 def test_mlp(batch):
     graph = gc.zoo.mlp((33, 17), (1, 5, 7))
     infer(graph, batch)

@@ -328,7 +328,7 @@ def test_state_that_does_not_fit_changes_nothing():
 # ---- threads, sharing
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_same_bits_on_every_run(threads):
     g = gc.zoo.lenet5()
     options = {"loss": "loss", "optimizer": gc.optim.SGD(0.1), "dims": {"N": 8}}

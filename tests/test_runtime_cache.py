@@ -486,6 +486,7 @@ def test_compiling_starts_before_the_kernels_are_known(cache: KernelCache) -> No
     early = [job_of(increment(f"early{number}", 800 + number), cache) for number in range(2)]
     later = [job_of(increment(f"later{number}", 810 + number), cache) for number in range(4)]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRAPHC_COMPILE_WORKERS", "1")
         patch.setattr(build, "_start_process", start)
         build.start_early(early, cache)
         build.start_early(early, cache)
@@ -495,7 +496,10 @@ def test_compiling_starts_before_the_kernels_are_known(cache: KernelCache) -> No
     assert len(started) == 1 and started[0].poll() is not None and build._early is None
 
 
-def test_early_process_of_another_cache_is_ended(cache: KernelCache, tmp_path: Path) -> None:
+def test_early_process_of_another_cache_is_ended(
+    cache: KernelCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRAPHC_COMPILE_WORKERS", "1")
     other = KernelCache(tmp_path / "other")
     build.start_early([job_of(increment("elsewhere", 830), other)], other)
     jobs = [job_of(increment(f"here{number}", 831 + number), cache) for number in range(2)]
