@@ -16,6 +16,7 @@ from graphc.collector import collector_paused
 from graphc.ir import Graph, Node, Value, called_from, caller
 from graphc.optim import Optimizer
 from graphc.runtime.executable import Executable, InterpretedExecutable
+from graphc.runtime.programs import Program, ProgramFile
 from passes.assign_layouts import AssignLayouts
 from passes.autodiff import differentiate
 from passes.base import Observer, PassRecord, Pipeline, report
@@ -93,7 +94,7 @@ def compile(
         raise errors.CompileError(
             "check=True keeps every value in memory of its own: leave memory_limit out"
         )
-    declared, limit = graph.copy(), _bytes(memory_limit)
+    here, declared, limit = caller(), graph.copy(), _bytes(memory_limit)
     training = bool(gradients or optimizer)
     backend: _Backend | None = None
     if target == "cpu":
@@ -101,7 +102,7 @@ def compile(
     elif target != "interpret":
         backend = _cuda_backend(target, precision, check, training)
 
-    @called_from(caller())
+    @called_from(here)
     def shaped(
         observer: Observer | None = None,
     ) -> tuple[Graph, tuple[PassRecord, ...]]:
@@ -131,9 +132,29 @@ def compile(
         joint, records = shaped()
         executable: Executable = InterpretedExecutable(joint, seed)
     else:
-        with collector_paused():
-            planned, records = shaped()
-        executable = backend.build(planned, seed)
+        kept: ProgramFile | None = None
+        if backend.machine is not None and pipeline is None:
+            options = {
+                "outputs": list(outputs),
+                "dims": dict(dims or {}),
+                "loss": loss,
+                "gradients": list(gradients),
+                "optimizer": optimizer,
+                "limit": limit,
+                "precision": precision,
+                "mode": mode,
+                "check": check,
+                "seed": seed if any("seed" in node.attrs for node in declared) else None,
+            }
+            kept = ProgramFile(declared, here, options | backend.machine)
+        program = kept.load() if kept else None
+        if program is None:
+            with collector_paused():
+                planned, records = shaped()
+            program = Program(planned, backend.plan(planned), records)
+            if kept:
+                kept.store(program)
+        executable, records = backend.build(program.graph, program.launches, seed), program.records
     executable.records, executable.replay = records, shaped
     if log.isEnabledFor(logging.INFO):
         for info in executable.kernels():
@@ -182,7 +203,9 @@ class _Backend:
     lower       renders kernels, or refuses; marks what the memory plan has to know
     place       passes that order kernels and place values
     seconds     what a region costs, for choosing what is computed again under a memory limit
-    build       the executable of a planned graph, from a seed
+    plan        the launches of a planned graph
+    build       the executable of a planned graph and its launches, from a seed
+    machine     what else the plan and the launches depend on; None where they are not kept on disk
     """
 
     algorithms: tuple[Pipeline, Pipeline]
@@ -190,7 +213,9 @@ class _Backend:
     lower: Callable[[Graph], Any]
     place: Pipeline
     seconds: Callable[[Node], float]
-    build: Callable[[Graph, int], Executable]
+    plan: Callable[[Graph], list[Any]]
+    build: Callable[[Graph, list[Any], int], Executable]
+    machine: dict[str, int] | None = None
 
 
 def _cpu_backend(
@@ -211,12 +236,13 @@ def _cpu_backend(
         tuner = Tuner(cores, training, _progress(), _progress("choices measured"))
         choose = tuner.algorithm
 
-    def build(planned: Graph, seed: int) -> Executable:
+    def plan(planned: Graph) -> list[Any]:
         if tuner:
-            launches = tuner.launches(planned)
-        else:
-            with collector_paused():
-                launches = cpu_target.plan_launches(planned, lanes, cores)
+            return tuner.launches(planned)
+        with collector_paused():
+            return cpu_target.plan_launches(planned, lanes, cores)
+
+    def build(planned: Graph, launches: list[Any], seed: int) -> Executable:
         executable = CpuExecutable(planned, launches, cores, seed, _progress(), check=check)
         executable.tuning = tuner.tuning if tuner else None
         return executable
@@ -227,7 +253,9 @@ def _cpu_backend(
         cpu_target.lower_graph,
         memory_pipeline(cores, check),
         partial(predicted_seconds, lanes=lanes, threads=cores),
+        plan,
         build,
+        None if tune else {"cores": cores, "lanes": lanes},
     )
 
 
@@ -238,8 +266,7 @@ def _cuda_backend(target: str, precision: str, check: bool, training: bool) -> _
 
     device = open_device(target)
 
-    def build(planned: Graph, seed: int) -> Executable:
-        steps = cuda_program.plan_steps(planned, precision)
+    def build(planned: Graph, steps: list[Any], seed: int) -> Executable:
         return CudaExecutable(target, planned, steps, device, seed, _progress(), check=check)
 
     return _Backend(
@@ -255,6 +282,7 @@ def _cuda_backend(target: str, precision: str, check: bool, training: bool) -> _
         ),
         # Of a CPU with many lanes: only the ratios count.
         partial(predicted_seconds, lanes=16, threads=1),
+        lambda graph: cuda_program.plan_steps(graph, precision),
         build,
     )
 

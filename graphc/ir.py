@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -85,8 +86,7 @@ class Graph:
     def __init__(self, name: str = "graph"):
         self.name = name
         self._nodes: dict[str, Node] = {}
-        self._nx = networkx.MultiDiGraph(name=name)
-        self._unlinked: dict[str, Node] = {}  # nodes that are not in `_nx` yet
+        self._nx: networkx.MultiDiGraph | None = None  # made when it is asked for
         self.outputs: dict[str, Value] = {}
         self.updates: dict[str, Value] = {}
         self.annotations: dict[str, Any] = {}
@@ -100,11 +100,13 @@ class Graph:
     @property
     def nx(self) -> networkx.MultiDiGraph:
         """The graph for networkx's algorithms; to be read, not changed."""
-        for node in self._unlinked.values():
+        if self._nx is None:
+            self._nx = networkx.MultiDiGraph(name=self.name)
+        missing = len(self._nodes) - len(self._nx)  # the last ones
+        for node in [*itertools.islice(reversed(self._nodes.values()), missing)][::-1]:
             self._nx.add_node(node.name, node=node)
             for slot, value in enumerate(node.inputs):
                 self._nx.add_edge(value.node.name, node.name, slot=slot, output=value.index)
-        self._unlinked.clear()
         return self._nx
 
     @property
@@ -275,13 +277,12 @@ class Graph:
 
     def _append(self, node: Node) -> Node:
         self._nodes[node.name] = node
-        self._unlinked[node.name] = node
         return node
 
     def remove(self, node: Node) -> None:
         """Remove a node that nothing reads."""
         del self._nodes[node.name]
-        if self._unlinked.pop(node.name, None) is None:
+        if self._nx is not None and node.name in self._nx:
             self._nx.remove_node(node.name)
 
     def _infer(self, node: Node) -> tuple[TensorType, ...]:
@@ -350,12 +351,13 @@ class Graph:
         new._reserved = frozenset(n.name for n in self.nodes if n.op in NAMED_SOURCES)
         mapping: dict[Value, Value] = {}
         for node in self.nodes:
-            inputs = tuple(mapping[v] for v in node.inputs)
+            inputs = tuple([mapping[v] for v in node.inputs])
             new._origin = node.origin
             values = visit(new, node, inputs) if visit else None
             if values is None:
                 values = new.copy_node(node, inputs).outputs
-            mapping.update(zip(node.outputs, values, strict=True))
+            for old, value in zip(node.outputs, values, strict=True):
+                mapping[old] = value
         new._origin, new._reserved = None, frozenset()
         new.outputs = {k: mapping[v] for k, v in self.outputs.items()}
         new.updates = {k: mapping[v] for k, v in self.updates.items()}
@@ -363,16 +365,21 @@ class Graph:
 
     def copy_node(self, node: Node, inputs: tuple[Value, ...], name: str | None = None) -> Node:
         """Append a copy of a node of another graph, keeping name, origin and layouts."""
-        for slot, (value, old) in enumerate(zip(inputs, node.inputs, strict=True)):
-            if value.node.graph is not self:
-                self._refuse(value, f"operand {slot} of {node.describe()}")
-            if value.type is not old.type and value.type != old.type:
+        # Most of a compilation's nodes are made here.
+        for value, old in zip(inputs, node.inputs, strict=True):
+            producer, before = value.node, old.node
+            if producer.graph is not self:
+                self._refuse(value, f"operand {inputs.index(value)} of {node.describe()}")
+            alike = producer.types is before.types and value.index == old.index
+            if not alike and value.type != old.type:
                 with self.origin(node.origin):
                     copy = self.add(node.op, inputs, node.attrs, name=name or node.name)
                 copy.layouts = node.layouts
                 return copy
-        unique = self._unique(name or node.name, exact=node.op in NAMED_SOURCES)
-        return self._append(node.copied(self, unique, inputs))
+        name = name or node.name
+        if name in self._nodes or name in self._reserved:
+            name = self._unique(name, exact=node.op in NAMED_SOURCES)
+        return self._append(node.copied(self, name, inputs))
 
     def copy(self) -> Graph:
         return self.reordered(self.nodes)
@@ -398,8 +405,9 @@ class Graph:
         mapping: dict[Value, Value] = {}
         for node in order:
             name = f"{node.name}.again" if node.name in new else node.name
-            copy = new.copy_node(node, tuple(mapping[v] for v in node.inputs), name)
-            mapping.update(zip(node.outputs, copy.outputs, strict=True))
+            copy = new.copy_node(node, tuple([mapping[v] for v in node.inputs]), name)
+            for old, value in zip(node.outputs, copy.outputs, strict=True):
+                mapping[old] = value
         new.outputs = {k: mapping[v] for k, v in self.outputs.items() if v in mapping}
         new.updates = {k: mapping[v] for k, v in self.updates.items() if v in mapping}
         return new
@@ -443,7 +451,7 @@ class Graph:
 
         return self.rebuild(visit)
 
-    # ---- text, equality
+    # ---- text, equality, bytes
 
     def __str__(self) -> str:
         lines = [f"graph {self.name} {{"]
@@ -476,6 +484,32 @@ class Graph:
     def fingerprint(self) -> str:
         """Hex digest of `structure()`, the same in every process."""
         return hashlib.sha256(repr(self.structure()).encode()).hexdigest()
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        """A flat table, so that no depth of a graph is one of pickle's recursion. Annotations that
+        hold for this process alone, those with a leading underscore, stay behind."""
+        number = {v: i for i, v in enumerate(v for node in self.nodes for v in node.outputs)}
+        rows = [
+            (n.name, n.op, [number[v] for v in n.inputs], n.attrs, n.types, n.layouts, n.origin)
+            for n in self.nodes
+        ]
+        outputs = {name: number[v] for name, v in self.outputs.items()}
+        updates = {name: number[v] for name, v in self.updates.items()}
+        notes = {k: v for k, v in self.annotations.items() if not k.startswith("_")}
+        return self.name, rows, outputs, updates, notes
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        name, rows, outputs, updates, notes = state
+        self.__init__(name)  # type: ignore[misc]
+        values: list[Value] = []
+        for name, op, operands, attrs, types, layouts, origin in rows:
+            inputs = tuple([values[i] for i in operands])
+            node = self._append(Node(self, name, op, inputs, attrs, types, origin))
+            node.layouts = layouts
+            values += node.outputs
+        self.outputs = {name: values[i] for name, i in outputs.items()}
+        self.updates = {name: values[i] for name, i in updates.items()}
+        self.annotations = notes
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(str(self))

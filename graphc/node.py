@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
@@ -42,7 +43,10 @@ class Node:
         copy.graph, copy.name, copy.op, copy.inputs = graph, name, self.op, inputs
         copy.attrs, copy.origin = dict(self.attrs), self.origin
         copy.types, copy.layouts = self.types, self.layouts
-        copy.outputs = tuple([Value(copy, i) for i in range(len(self.types))])
+        if len(self.types) == 1:
+            copy.outputs = (Value(copy),)
+        else:
+            copy.outputs = tuple([Value(copy, i) for i in range(len(self.types))])
         return copy
 
     def set_types(self, types: tuple[TensorType, ...]) -> None:
@@ -60,6 +64,9 @@ class Node:
 
     def __repr__(self) -> str:
         return format_node(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self.graph).node, (self.graph, self.name)  # which holds all of it
 
 
 class Value:
@@ -107,6 +114,9 @@ class Value:
 
     def __repr__(self) -> str:
         return f"%{self.name}: {self.type}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return operator.getitem, (self.node, self.index)
 
     def __bool__(self) -> bool:
         raise self._refused("has no truth value while the graph is declared; use gc.where")

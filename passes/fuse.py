@@ -105,16 +105,30 @@ class _Fuser:
         self.position = {n.name: i for i, n in enumerate(graph.nodes)}
         self.group = {n.name: n.name for n in self.nodes}
         self.members: dict[str, list[Node]] = {n.name: [n] for n in self.nodes}
-        self.first = {n.name: self.position[n.name] for n in self.nodes}  # of a group's members
+        # Positions of a group's first and last member.
+        self.first = {n.name: self.position[n.name] for n in self.nodes}
+        self.last = dict(self.first)
         self.users: dict[Value, list[Node]] = defaultdict(list)
         for node in graph.nodes:
             for value in dict.fromkeys(node.inputs):
                 self.users[value].append(node)
+        self.kept = set(graph.results)
+        # Names of the nodes that read a value, directly or through views, which are no kernels of
+        # their own; and the values that are results, or have a view that is one.
+        self.read_by: dict[Value, frozenset[str]] = {}
+        self.shown = set(self.kept)
+        for node in reversed(self.nodes):
+            if is_view(node) and node[0] in self.shown:
+                self.shown.add(viewed(node))
+            self.read_by.update((v, self._readers(v)) for v in node.outputs)
         # The nodes that read a group's values.
         self.reading = {
-            n.name: {user.name for v in n.outputs for user in self.read_by(v)} for n in self.nodes
+            n.name: set().union(*(self.read_by[v] for v in n.outputs)) for n in self.nodes
         }
-        self.kept = set(graph.results)
+        # What a node reads: each operand, and the node that makes it behind views.
+        self.sources = {
+            n.name: [(v, self.through_views(v.node)) for v in n.inputs] for n in self.nodes
+        }
         self.reasons: dict[tuple[str, str], str] = {}
         self.summed: dict[str, bool] = {}
 
@@ -172,6 +186,7 @@ class _Fuser:
         if len(self.members[a]) < len(self.members[b]):
             a, b = b, a
         self.first[a] = min(self.first[a], self.first.pop(b))
+        self.last[a] = max(self.last[a], self.last.pop(b))
         self.reading[a] |= self.reading.pop(b)
         for node in self.members.pop(b):
             self.group[node.name] = a
@@ -186,16 +201,14 @@ class _Fuser:
         if len(heavy) > 1:
             return "one kernel holds one contraction"
         nodes.sort(key=lambda n: self.position[n.name])
-        inside = {n.name for n in nodes}
         if heavy and any(n.op == "pad" for n in nodes):
             return "padding writes around a contraction's register tile"
         if heavy and any(n.op == "max_unpool2d" for n in nodes):
             return "unpooling reads each element of a contraction several times"
-        results = [v for n in nodes for v in n.outputs if self.leaves(v, inside)]
         for node in nodes:
-            for value in node.inputs:
-                source = self.through_views(value.node)
-                if source.name not in inside:
+            other = b if self.group[node.name] == a else a
+            for value, source in self.sources[node.name]:
+                if self.group.get(source.name) != other:
                     continue
                 if node.op in CONTRACTIONS:
                     return f"each element of {source.name!r} is read many times by {node.name!r}"
@@ -222,6 +235,7 @@ class _Fuser:
                     return f"{node.name!r} writes around the register tile of {source.name!r}"
                 if node.op == "max_unpool2d" and not get(source.op).elementwise:
                     return f"each element of {source.name!r} is read several times by {node.name!r}"
+        results = self.results(nodes)
         if not results:
             return ""
         reason = self.shapes_differ(nodes, results)
@@ -235,6 +249,8 @@ class _Fuser:
         shapes = {v.shape for v in results}
         if len({len(s) for s in shapes}) > 1:
             return f"results of different ranks {sorted(shapes)}"
+        if len(shapes) == 1 and not any(n.op in REDUCTIONS for n in nodes):
+            return ""
         outer, reduced = _outer(nodes, results)
         if any(d != o and o != 1 for s in shapes for d, o in zip(s, outer, strict=True)):
             return f"results of different shapes {sorted(shapes)}"
@@ -266,25 +282,20 @@ class _Fuser:
             )
         return self.summed[node.name]
 
-    def leaves(self, value: Value, inside: set[str]) -> bool:
-        """Whether a value must be stored: an output, or read by a node outside the region."""
-        if value in self.kept:
-            return True
-        for user in self.users[value]:
-            if is_view(user):
-                if any(self.leaves(v, inside) for v in user.outputs):
-                    return True
-            elif user.name not in inside:
-                return True
-        return False
+    def results(self, nodes: list[Node]) -> list[Value]:
+        """The values of a region that must be stored: results, or read by a node outside it."""
+        inside = {n.name for n in nodes}
+        values = [v for n in nodes for v in n.outputs]
+        return [v for v in values if v in self.shown or not self.read_by[v] <= inside]
 
     def path_outside(self, a: str, b: str) -> bool:
         """Whether a path leaves the union of two groups and comes back.
 
         Fusing would make a cycle."""
-        last = max(self.position[n.name] for g in (a, b) for n in self.members[g])
-        stack = [reader for g in (a, b) for reader in self.readers(g) if reader not in (a, b)]
-        seen = set(stack)
+        last = max(self.last[a], self.last[b])
+        near = (reader for g in (a, b) for reader in self.readers(g) if self.first[reader] <= last)
+        seen = {*near} - {a, b}
+        stack = [*seen]
         while stack:
             for reader in self.readers(stack.pop()):
                 if reader in (a, b):
@@ -298,14 +309,11 @@ class _Fuser:
         """The groups that read a group's values, itself included if it does."""
         return {self.group[name] for name in self.reading[group]}
 
-    def read_by(self, value: Value) -> Iterator[Node]:
-        """Nodes that read a value, directly or through views, which are no kernels of their own."""
+    def _readers(self, value: Value) -> frozenset[str]:
+        names: set[str] = set()
         for user in self.users[value]:
-            if is_view(user):
-                for shown in user.outputs:
-                    yield from self.read_by(shown)
-            else:
-                yield user
+            names |= self.read_by[user[0]] if is_view(user) else {user.name}
+        return frozenset(names)
 
     # ---- building the fused graph
 
@@ -326,7 +334,7 @@ class _Fuser:
 
     def emit_region(self, new: Graph, nodes: list[Node], mapping: dict[Value, Value]) -> None:
         inside = {n.name for n in nodes}
-        results = [v for n in nodes for v in n.outputs if self.leaves(v, inside)]
+        results = self.results(nodes)
         body = Graph(nodes[0].name)
         local: dict[Value, Value] = {}
         operands: list[Value] = []
@@ -342,18 +350,20 @@ class _Fuser:
                 copy = body.copy_node(node, tuple(local_value(v) for v in node.inputs))
                 local.update(zip(node.outputs, copy.outputs, strict=True))
             else:
-                local[value] = body.input(f"operand{len(operands)}", value.shape, value.dtype)
+                name = f"operand{len(operands)}"
+                local[value] = body.add("input", (), {"type": value.type}, name=name)[0]
                 local[value].node.layouts = (value.layout,)
                 if node.op == "constant" and value.type.size <= KNOWN:
                     local[value].node.attrs["known"] = node.attrs["value"]
                 operands.append(value)
             return local[value]
 
-        for node in nodes:
-            copy = body.copy_node(node, tuple(local_value(v) for v in node.inputs))
-            local.update(zip(node.outputs, copy.outputs, strict=True))
-        body.output(**{f"result{i}": local[v] for i, v in enumerate(results)})
         lead = _lead(nodes)
+        with body.origin(lead.origin):
+            for node in nodes:
+                copy = body.copy_node(node, tuple([local_value(v) for v in node.inputs]))
+                local.update(zip(node.outputs, copy.outputs, strict=True))
+        body.output(**{f"result{i}": local[v] for i, v in enumerate(results)})
         with new.origin(lead.origin):
             fused = new.add(
                 "fused",
@@ -405,22 +415,13 @@ class _Fuser:
     def sorted_units(
         self, units: list[Node | list[Node]], unit_of: dict[str, int]
     ) -> list[Node | list[Node]]:
-        def producers(node: Node) -> list[Node]:
-            found = []
-            for v in node.inputs:
-                source = v.node
-                while is_view(source):  # regions read what it shows, stored or not
-                    source = viewed(source).node
-                found.append(source)
-            return found
-
         after: list[set[int]] = [set() for _ in units]
         waiting = [0] * len(units)
         for number, unit in enumerate(units):
             needs = {
                 unit_of[p.name]
                 for node in (unit if isinstance(unit, list) else [unit])
-                for p in producers(node)
+                for _, p in self.sources.get(node.name, ())  # behind views, stored or not
                 if unit_of[p.name] != number
             }
             waiting[number] = len(needs)

@@ -19,9 +19,9 @@ class HoistParameters(Pass):
     """
 
     def run(self, graph: Graph) -> Graph:
+        if graph.updates:
+            return graph
         new = graph.copy()
-        if new.updates:
-            return new
         fixed: set[Value] = set()
         results = set(new.results)
         for node in new:

@@ -45,8 +45,10 @@ def storages(
     *,
     outputs_live: bool = True,
     updates_in_place: bool = False,
+    order: list[Node] | None = None,
 ) -> list[Storage]:
-    """The arena storages of a graph in its execution order, in order of their first position.
+    """The arena storages of a graph in its execution order, or in another `order` of its nodes, in
+    order of their first position.
 
     A node's attribute `inplace`, ((output number, operand slot), ...), allows that output to
     overwrite that operand: it does where the operand dies there and both have the same size. A
@@ -56,8 +58,8 @@ def storages(
     updates_in_place: leave out updates that can be computed straight into the parameter or state
     they update (`updated_in_place`).
     """
-    nodes = graph.nodes
-    elsewhere = set(updated_in_place(graph).values()) if updates_in_place else set()
+    nodes = graph.nodes if order is None else order
+    elsewhere = set(updated_in_place(graph, nodes).values()) if updates_in_place else set()
     pinned = {root(v) for v in graph.results} if outputs_live else set()
     last_use = _last_uses(nodes)
     owner: dict[Value, Storage] = {}
@@ -81,19 +83,19 @@ def storages(
         if workspace:
             name = f"{node.name}.workspace"
             result.append(Storage(name, aligned(workspace), position, position))
-    begin, end = _group_limits(graph)
+    begin, end = _group_limits(graph, nodes)
     for storage in result:
         storage.first = begin.get(storage.first, storage.first)
         storage.last = end.get(storage.last, storage.last)
     return result
 
 
-def _group_limits(graph: Graph) -> tuple[dict[int, int], dict[int, int]]:
+def _group_limits(graph: Graph, nodes: list[Node]) -> tuple[dict[int, int], dict[int, int]]:
     """First and last position of the group that a position belongs to.
 
     A group runs block by block: its first kernel writes its last block after its last kernel has
     read the first one, so all its values live at once."""
-    position = {node.name: i for i, node in enumerate(graph.nodes)}
+    position = {node.name: i for i, node in enumerate(nodes)}
     begin: dict[int, int] = {}
     end: dict[int, int] = {}
     for _, names in graph.annotations.get("groups", ()):
@@ -135,16 +137,17 @@ def _overwritten(
     return None
 
 
-def updated_in_place(graph: Graph) -> dict[str, Value]:
+def updated_in_place(graph: Graph, order: list[Node] | None = None) -> dict[str, Value]:
     """Updates that may be written straight into the parameter or state they update, by its name.
 
     Holds where nothing reads the old contents after the node that computes the new ones, and that
     node itself reads them either not at all or in slots that its attribute `inplace` pairs with the
     output.
     """
-    position = {node.name: i for i, node in enumerate(graph.nodes)}
+    nodes = graph.nodes if order is None else order
+    position = {node.name: i for i, node in enumerate(nodes)}
     readers: dict[Value, list[tuple[Node, int]]] = {}
-    for node in graph:
+    for node in nodes:
         if not is_view(node):
             for slot, value in enumerate(node.inputs):
                 readers.setdefault(root(value), []).append((node, slot))

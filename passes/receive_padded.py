@@ -21,6 +21,8 @@ class ReceivePadded(Pass):
     most_bytes: int
 
     def run(self, graph: Graph) -> Graph:
+        if not any(map(_padding, graph)):
+            return graph
         new = graph.copy()
         results = set(new.results)
         for node in new.inputs.values():

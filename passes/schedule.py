@@ -31,21 +31,21 @@ class Schedule(Pass):
     updates_in_place: bool = False
 
     def run(self, graph: Graph) -> Graph:
-        before = self._peak(graph)
-        candidates = [graph.reordered(self._order(graph, greedy)) for greedy in (False, True)]
-        peaks = [*map(self._peak, candidates), before]
+        orders = [self._order(graph, False), self._order(graph, True), graph.nodes]
+        peaks = [self._peak(graph, order) for order in orders]
         best = peaks.index(min(peaks))
-        new = [*candidates, graph.copy()][best]
-        note(new, f"peak of live bytes {before} -> {peaks[best]}")
-        new.annotations["peak_bytes"] = (before, peaks[best])
+        new = graph.reordered(orders[best])
+        note(new, f"peak of live bytes {peaks[-1]} -> {peaks[best]}")
+        new.annotations["peak_bytes"] = (peaks[-1], peaks[best])
         return new
 
-    def _peak(self, graph: Graph) -> int:
+    def _peak(self, graph: Graph, order: list[Node]) -> int:
         pieces = storages(
             graph,
             self.size_of,
             outputs_live=self.outputs_live,
             updates_in_place=self.updates_in_place,
+            order=order,
         )
         return peak_bytes(pieces, len(graph))
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scalar_evaluator import ScalarEvaluator
 
-from graphc import ops
+from graphc import compiler, ops
+from graphc.codegen.program import plan_launches
 from graphc.interpreter import interpret
 from graphc.ir import Graph
 from graphc.ops.random import key_schedule, threefry, uniform_reference
@@ -102,3 +103,13 @@ def test_dropout_gradient_uses_the_forward_mask():
         graph, {"x": ones}, {"dropout.step": np.int32(2)}, values=[y, gradient]
     ).values
     np.testing.assert_array_equal(found[y], found[gradient])
+
+
+def test_sums_of_dropped_values_are_rendered_soon():
+    """A random number has 2^20 paths through its expressions: none of them is walked twice."""
+    graph = Graph()
+    x = graph.input("x", (4, 32))
+    graph.output(y=ops.softmax(ops.dropout(x, 0.5)), loss=ops.mean(ops.dropout(x, 0.5) * x))
+    joint, _ = compiler.transform(graph, ["y", "loss"], {}, mode="train")
+    fused, _ = compiler.default_pipeline().run(joint)
+    assert plan_launches(fused, 8, 2)

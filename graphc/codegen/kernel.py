@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from graphc.expr import Expr, Index
 
@@ -74,6 +75,7 @@ class Kernel:
     buffers: tuple[Buffer, ...]
     stores: tuple[Store, ...]
     _free: dict[int, frozenset[str]] = field(default_factory=dict, repr=False)
+    _walked: tuple[tuple[Store, ...], list[Expr]] = field(default=((), []), repr=False)
 
     def free(self, expr: Expr) -> frozenset[str]:
         """Loops that the value of an expression depends on."""
@@ -95,17 +97,27 @@ class Kernel:
 
     def expressions(self) -> list[Expr]:
         """Every distinct expression, operands first."""
-        seen: dict[int, Expr] = {}
+        if self._walked[0] is not self.stores:
+            self._walked = self.stores, expressions(store.expr for store in self.stores)
+        return self._walked[1]
 
-        def visit(expr: Expr) -> None:
-            if id(expr) not in seen:
-                for arg in expr.args:
-                    visit(arg)
-                seen[id(expr)] = expr
+    def __getstate__(self) -> tuple[Any, ...]:
+        """Expressions as a flat table: no depth of them is one of pickle's recursion."""
+        number: dict[int, int] = {}
+        rows: list[tuple[Any, ...]] = []
+        for e in self.expressions():
+            number[id(e)] = len(rows)
+            rows.append((e.op, [number[id(a)] for a in e.args], e.dtype, e.attributes))
+        stores = [(s.access, number[id(s.expr)], s.loops) for s in self.stores]
+        return self.name, self.loops, self.outer, self.buffers, rows, stores
 
-        for store in self.stores:
-            visit(store.expr)
-        return list(seen.values())
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.name, self.loops, self.outer, self.buffers, rows, stores = state
+        made: list[Expr] = []
+        for op, args, dtype, attributes in rows:
+            made.append(Expr(op, tuple([made[i] for i in args]), dtype, attributes))
+        self.stores = tuple([Store(access, made[i], loops) for access, i, loops in stores])
+        self._free, self._walked = {}, ((), [])
 
     def copy(self) -> Kernel:
         """A kernel whose loops can be changed without changing this one's."""
@@ -152,6 +164,23 @@ class Kernel:
         )
         self.outer = names(self.outer)
         self._free.clear()
+
+
+def expressions(roots: Iterable[Expr], into_reductions: bool = True) -> list[Expr]:
+    """Every distinct expression that some are made of, operands first, each once: a random number
+    has more paths through its expressions than could ever be walked."""
+    seen: dict[int, Expr] = {}
+
+    def visit(expr: Expr) -> None:
+        if id(expr) not in seen:
+            if into_reductions or expr.op != "reduce":
+                for arg in expr.args:
+                    visit(arg)
+            seen[id(expr)] = expr
+
+    for root in roots:
+        visit(root)
+    return list(seen.values())
 
 
 @dataclass(frozen=True)

@@ -46,14 +46,16 @@ _MOST: Final = 4096
 def structure(node: Node) -> _Key:
     """What the kernel of a fused region depends on."""
     body: Graph = node.attrs["body"]
-    if "structure" not in body.annotations:
+    if "_structure" not in body.annotations:
         rules = frozenset(get(n.op).lower for n in body if n.op not in SOURCES)
         structure = (body.structure(), rules)
-        if structure not in _structures:
-            _remember(_structures, structure, next(_numbers))
-        body.annotations["structure"] = _structures[structure]
+        number = _structures.get(structure)
+        if number is None:
+            number = next(_numbers)
+            _remember(_structures, structure, number)
+        body.annotations["_structure"] = number
     layouts = (*(v.layout for v in node.inputs), *node.layouts)
-    return (body.annotations["structure"], node.attrs["outer"], layouts)
+    return (body.annotations["_structure"], node.attrs["outer"], layouts)
 
 
 def lower_node(node: Node) -> Kernel:

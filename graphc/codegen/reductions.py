@@ -13,7 +13,7 @@ import numpy as np
 
 from graphc.codegen.core import registers
 from graphc.codegen.emit import Emitter, Scope, Var
-from graphc.codegen.kernel import Access, Ahead, Kernel, Schedule
+from graphc.codegen.kernel import Access, Ahead, Kernel, Schedule, expressions
 from graphc.codegen.read_ahead import LINE, contiguous
 from graphc.expr import Expr, Index
 
@@ -345,16 +345,7 @@ class ReductionEmitter(Emitter):
 
 
 def _reduces_below(expr: Expr) -> frozenset[int]:
-    found: set[int] = set()
-
-    def visit(e: Expr) -> None:
-        for arg in e.args:
-            if arg.op == "reduce":
-                found.add(id(arg))
-            visit(arg)
-
-    visit(expr)
-    return frozenset(found)
+    return frozenset(id(e) for e in expressions(expr.args) if e.op == "reduce")
 
 
 def known_factor(body: Expr) -> tuple[Expr, Expr] | None:

@@ -11,7 +11,7 @@ import itertools
 import math
 
 from graphc.codegen import core, parts
-from graphc.codegen.kernel import Access, Ahead, Kernel, Loop, Schedule
+from graphc.codegen.kernel import Access, Ahead, Kernel, Loop, Schedule, expressions
 from graphc.codegen.read_ahead import read_ahead
 from graphc.codegen.reductions import known_factor
 from graphc.codegen.tile_cost import Tile, TileCost, all_bytes
@@ -455,11 +455,7 @@ def _options(kernel: Kernel, loop: str, limits: dict[str | None, int]) -> list[i
 
 
 def _operand(factor: Expr) -> list[Access]:
-    """The memory accesses behind one factor of the product."""
-    found, stack = [], [factor]
-    while stack:
-        e = stack.pop()
-        if e.op == "load":
-            found.append(e.attributes["access"])
-        stack.extend(e.args)
-    return found
+    """The memory accesses behind one factor of the product; a reduction inside has its own."""
+    inner = [e.args for e in expressions([factor]) if e.op == "reduce"]
+    reads = [e for around in ((factor,), *inner) for e in expressions(around, False)]
+    return [e.attributes["access"] for e in reads if e.op == "load"]

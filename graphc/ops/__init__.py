@@ -69,9 +69,12 @@ from graphc.ops.norm import batch_norm
 from graphc.ops.pool import avg_pool2d, global_avg_pool2d, max_pool2d
 from graphc.ops.random import dropout, random_uniform
 from graphc.ops.reduce import argmax, max, mean, min, prod, sum, var
+from graphc.ops.registry import all_ops as _all_ops
 from graphc.ops.shape import expand, flatten, reshape, squeeze, stop_gradient, transpose, unsqueeze
 from graphc.ops.slicing import concat, pad, slice, split, stack
 from graphc.ops.softmax import log_softmax, logsumexp, softmax
+
+OPERATORS = _all_ops()  # graphc's own; users may register more
 
 __all__ = [
     "add",

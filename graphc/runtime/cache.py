@@ -1,4 +1,5 @@
-"""Kernels on disk: `<key>.py`, the generated source, and `<key>.obj`, its object code; and
+"""Kernels on disk: `<key>.py`, the generated source, and `<key>.obj`, its object code;
+`<key>.program`, what a whole call of `compile` found out (`graphc.runtime.programs`); and
 `<key>.note`, what was measured on this machine: by `tune=True`, and its limits.
 
 A program whose kernels are all here starts without Numba. The key covers all that shapes the
@@ -183,8 +184,10 @@ class KernelCache:
         except OSError as error:
             self._warn(self.folder, error)
             return
-        written = len(data) + len(source)
-        self._unpruned = None if self._unpruned is None else self._unpruned + written
+        self._written(len(data) + len(source))
+
+    def _written(self, size: int) -> None:
+        self._unpruned = None if self._unpruned is None else self._unpruned + size
         if self._unpruned is None or self._unpruned > self.max_bytes // 16:
             self.prune()
 
@@ -198,27 +201,44 @@ class KernelCache:
 
     def get_note(self, key: str) -> Any:
         """The document of a note, or None if it is absent or damaged."""
-        path = self.folder / f"{key}.note" if self.folder else None
-        data = _read(path) if path else None
-        if path is None or data is None:
-            return None
-        digest, _, text = data.partition(b"\n")
-        if digest != _digest(key, b"", text).hex().encode():
-            log.warning("%s is damaged; it is measured again", path)
-            return None
-        with contextlib.suppress(OSError):
-            os.utime(path)
-        return json.loads(text)
+        text = self._get_checked(key, "note")
+        return None if text is None else json.loads(text)
 
     def put_note(self, key: str, document: Any) -> None:
         """Stores a small JSON document, whole or not at all."""
+        self._put_checked(key, "note", json.dumps(document).encode())
+
+    def get_program(self, key: str) -> bytes | None:
+        """What `put_program` has stored, or None if it is absent or damaged."""
+        return self._get_checked(key, "program")
+
+    def put_program(self, key: str, data: bytes) -> None:
+        """Stores a compiled program, whole or not at all."""
+        self._put_checked(key, "program", data)
+
+    def _get_checked(self, key: str, suffix: str) -> bytes | None:
+        path = self.folder / f"{key}.{suffix}" if self.folder else None
+        stored = _read(path) if path else None
+        if path is None or stored is None:
+            return None
+        digest, _, data = stored.partition(b"\n")
+        if digest != _digest(key, b"", data).hex().encode():
+            log.warning("%s is damaged; it is made again", path)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return data
+
+    def _put_checked(self, key: str, suffix: str, data: bytes) -> None:
         if self.folder is None:
             return
-        text = json.dumps(document).encode()
+        digest = _digest(key, b"", data).hex().encode()
         try:
-            self._replace(f"{key}.note", _digest(key, b"", text).hex().encode() + b"\n" + text)
+            self._replace(f"{key}.{suffix}", digest + b"\n" + data)
         except OSError as error:
             self._warn(self.folder, error)
+            return
+        self._written(len(data))
 
     def size(self) -> int:
         """Bytes on disk."""
@@ -304,7 +324,7 @@ def _is_ours(name: str) -> bool:
     if suffix == "tmp":
         return stem.startswith("write-")
     return (
-        suffix in ("py", "obj", "note")
+        suffix in ("py", "obj", "note", "program")
         and len(stem) == 64
         and all(c in "0123456789abcdef" for c in stem)
     )
