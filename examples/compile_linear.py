@@ -5,7 +5,7 @@
 Compiles a training step of the CIFAR ResNets, 20 to 110 layers deep. For each: the time of every
 pass, of all of them together, and of the whole call to `compile`, its kernels in the cache already
 (they are shared: the deepest network has no other kernels than the shallowest). A straight line,
-time = a + b * depth, is what linear means.
+time = a + b * depth, is what linear means. "again" is the same call once its program is on disk.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import graphc as gc
 DEPTHS = (20, 32, 44, 56, 110)
 
 
-def compile_step(depth: int, batch: int) -> tuple[Counter[str], float]:
-    """(milliseconds of each pass by its name, seconds of the whole call)."""
+def compile_step(depth: int, batch: int, kept: bool = False) -> tuple[Counter[str], float]:
+    """(milliseconds of each pass by its name, seconds of the whole call). `kept`: a program that is
+    on disk is taken from there; else passes run."""
     graph = getattr(gc.zoo, f"resnet{depth}")()
     begin = time.perf_counter()
     step = gc.compile(
@@ -32,6 +33,7 @@ def compile_step(depth: int, batch: int) -> tuple[Counter[str], float]:
         dims={"N": batch},
         loss="loss",
         optimizer=gc.optim.SGD(0.1, momentum=0.9),
+        pipeline=None if kept else gc.default_pipeline(),
     )
     seconds = time.perf_counter() - begin
     passes: Counter[str] = Counter()
@@ -40,13 +42,14 @@ def compile_step(depth: int, batch: int) -> tuple[Counter[str], float]:
     return passes, seconds
 
 
-def measure(depth: int, batch: int, repeats: int) -> tuple[dict[str, float], float]:
-    """Medians of `repeats` compilations, after one that fills the cache."""
-    compile_step(depth, batch)
+def measure(depth: int, batch: int, repeats: int) -> tuple[dict[str, float], float, float]:
+    """Medians of `repeats` compilations, after one that fills the cache, and of as many again."""
+    compile_step(depth, batch, kept=True)
     runs = [compile_step(depth, batch) for _ in range(repeats)]
+    again = [compile_step(depth, batch, kept=True)[1] for _ in range(repeats)]
     names = runs[0][0]
     passes = {n: statistics.median(found[n] for found, _ in runs) for n in names}
-    return passes, statistics.median(seconds for _, seconds in runs)
+    return passes, statistics.median(s for _, s in runs), statistics.median(again)
 
 
 def exponent(depths: list[int], values: list[float]) -> float:
@@ -92,15 +95,16 @@ def main() -> None:
 
     depths = [depth for depth in DEPTHS if depth <= options.deepest] or list(DEPTHS[:1])
     found: list[dict[str, float]] = []
-    print(f"{'layers':>7} {'passes':>10} {'per layer':>10} {'compile':>10}   slowest passes, ms")
+    head = f"{'layers':>7} {'passes':>10} {'per layer':>10} {'compile':>10} {'again':>9}"
+    print(f"{head}   slowest passes, ms")
     for depth in depths:
-        passes, seconds = measure(depth, options.batch, options.repeats)
+        passes, seconds, again = measure(depth, options.batch, options.repeats)
         found.append(passes)
         total = sum(passes.values())
         slowest = sorted(passes, key=passes.__getitem__, reverse=True)[:4]
         text = ", ".join(f"{name} {passes[name]:.0f}" for name in slowest)
-        row = f"{depth:>7} {total:>7.0f} ms {total / depth:>7.2f} ms {seconds:>8.2f} s   {text}"
-        print(row, flush=True)
+        row = f"{depth:>7} {total:>7.0f} ms {total / depth:>7.2f} ms {seconds:>8.2f} s"
+        print(f"{row} {again:>7.2f} s   {text}", flush=True)
     if len(depths) > 1:
         print(f"passes: time ~ layers^{exponent(depths, [sum(f.values()) for f in found]):.2f}")
         for name, last in sorted(found[-1].items(), key=lambda item: -item[1]):

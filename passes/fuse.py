@@ -10,7 +10,6 @@ from __future__ import annotations
 import heapq
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from graphc.ir import SOURCES, Graph, Node, Value

@@ -195,7 +195,7 @@ print(gc.compile(network("shared"), **TRAINING)(**data())["loss"].item())
         )
         for number in range(2)
     ]
-    losses = [float(process.communicate(timeout=120)[0]) for process in processes]
+    losses = [float(process.communicate(timeout=300)[0]) for process in processes]
     step = gc.compile(network("shared"), **TRAINING)
     assert runs == []
     assert losses == [step(**data())["loss"].item()] * 2
