@@ -22,7 +22,7 @@ def run(body, *arrays, numbers=(), grid=1, block=64, order="forward", head=HEAD,
     """Run `body`, the source of `kernel`, on arrays in place."""
     kinds = tuple(a.dtype.name for a in arrays)
     threads = int(np.prod(block))
-    wanted = CudaSignature("emulated", (8, 0), kinds, len(numbers), threads, 1, shared)
+    wanted = CudaSignature("emulated", ((8, 0),), kinds, len(numbers), threads, 1, shared)
     (entry,) = load_kernels([KernelSource("kernel", head + body, wanted.text())]).addresses
     parameters = np.array([*(a.ctypes.data for a in arrays), *numbers], np.int64)
     sizes = [tuple(np.atleast_1d(n)) + (1,) * (3 - np.size(n)) for n in (grid, block)]

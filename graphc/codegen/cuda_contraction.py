@@ -22,7 +22,7 @@ from graphc.codegen.cuda import CudaLaunch, Rendering
 from graphc.codegen.cuda_generic import CudaEmitter, Plan
 from graphc.codegen.cuda_indices import Flat, Run, total
 from graphc.codegen.cuda_operands import Operand
-from graphc.codegen.cuda_tiles import Tile, choose_tile
+from graphc.codegen.cuda_tiles import TensorTile, Tile, choose_tile
 from graphc.codegen.emit import Scope, Var
 from graphc.codegen.kernel import Access, Buffer, Kernel, Loop, Store
 from graphc.expr import Expr
@@ -38,11 +38,8 @@ def render(kernel: Kernel, precision: str) -> Rendering | None:
         return None
     c = contraction
     splittable = not any(loop.ragged for loop in c.kernel.loops.values())
-    lines = {*c.rows, *c.columns}
-    bounds = (*c.left.bounds, *c.right.bounds)
-    checked = any(name in lines for index, _ in bounds for name, _ in index.terms)
     rows, columns, inner, batch = map(c.extent, (c.rows, c.columns, c.inner, c.batch))
-    choice = choose_tile(rows, columns, inner, batch, precision, splittable, checked)
+    choice = choose_tile(rows, columns, inner, batch, precision, splittable)
     return None if choice is None else render_tiled(c, *choice)
 
 
@@ -113,21 +110,13 @@ class _TiledEmitter(CudaEmitter):
         self.c, self.tiled, self.splits = c, tile, splits
         self.rows, self.columns = Flat(c.kernel, c.rows), Flat(c.kernel, c.columns)
         self.batch = Flat(c.kernel, c.batch)
-        pitches = tile.rows + tile.padding, tile.columns + tile.padding
-        places = 0, tile.depth * pitches[0]
-        self.stage = tile.depth * sum(pitches)
-        self.left, self.right = (
-            Operand(name, factor, c, lines, extent, tile.depth, tile.threads, base, pitch)
-            for name, factor, lines, extent, base, pitch in zip(
-                ("left", "right"),
-                (c.left, c.right),
-                (self.rows, self.columns),
-                (tile.rows, tile.columns),
-                places,
-                pitches,
-                strict=True,
-            )
-        )
+        matrices = isinstance(tile, TensorTile)
+        common = tile.depth, tile.threads, tile.padding, matrices
+        self.left = Operand("left", c.left, c, self.rows, tile.rows, 0, *common)
+        after = self.left.size
+        self.right = Operand("right", c.right, c, self.columns, tile.columns, after, *common)
+        self.stage = self.left.size + self.right.size
+        self.by_line = self.left.by_line, self.right.by_line
         inner = c.extent(c.inner)
         self.steps = -(-inner // (tile.depth * splits))
         self.partial = self.steps * splits * tile.depth != inner
@@ -148,6 +137,8 @@ class _TiledEmitter(CudaEmitter):
             self.pointer(operand.access)
         self._begin()
         self._multiply_all()
+        self._add(1, "cuda.syncthreads()")
+        self._add(1, *(f"{name} = place[{k}]" for k, name in enumerate(self._place)))
         for group in range(self.tiled.groups):
             self._finish(group)
         return self._module()
@@ -156,7 +147,9 @@ class _TiledEmitter(CudaEmitter):
         names = [*(b.name for b in self.kernel.buffers), WORKSPACE]
         parameters = [names[number] for number in self.used]
         parameters += [name for name, _ in self.numbers.values()]
-        factories = [f"{name} = {call}" for call, name in self.factories.items()]
+        operands = self.left, self.right
+        words = [line for operand in operands for line in operand.words(self.partial)]
+        words += [f"{name} = {call}" for call, name in self.factories.items()]
         return "\n".join(
             [
                 "from graphc.codegen import cuda_tile_words as w",
@@ -164,11 +157,9 @@ class _TiledEmitter(CudaEmitter):
                 "from graphc.codegen.numba_cuda import cuda, types",
                 "",
                 "U, I, float32 = types.uint32, types.int32, types.float32",
-                f"multiply = w.{self.tiled.word}",
-                f"copy_left = w.{self.left.word(self.partial)}",
-                f"copy_right = w.{self.right.word(self.partial)}",
+                f"multiply = w.{self.tiled.word(self.by_line)}",
                 "copied, put4, write = w.copied, w.put4, w.write",
-                *factories,
+                *words,
                 "",
                 "",
                 f"def kernel({', '.join(parameters)}):",
@@ -203,15 +194,30 @@ class _TiledEmitter(CudaEmitter):
                 f"item = U(item // U({self.splits}))",
                 f"term = U(split * U({self.steps * tile.depth}))",
             )
-        more = self.number(("more",), "more", (self.steps - 1) * tile.depth)
-        self._add(1, f"last = U(term + U({more}))", *self.left.setup(), *self.right.setup())
+        # Needed again at the end only: until then the registers are for the sums.
         self._add(
             1,
-            f"row_part = {tile.operands[0]}",
-            f"column_part = {tile.operands[1]}",
+            f"place = cuda.shared.array({len(self._place)}, U)",
+            "if t == U(0):",
+            *(f"    place[{k}] = {name}" for k, name in enumerate(self._place)),
+        )
+        parts = tile.operands(self.by_line)
+        more = self.number(("more",), "more", (self.steps - 1) * tile.depth)
+        self._add(1, f"last = U(term + U({more}))", *self.left.setup(), *self.right.setup())
+        if not all(operand.regular for operand in (self.left, self.right)):
+            self._add(1, "cuda.syncthreads()")
+        self._add(
+            1,
+            f"row_part = {parts[0]}",
+            f"column_part = {parts[1]}",
             f"for i in range({tile.part**2}):",
             "    sums[i] = float32(0)",
         )
+
+    @property
+    def _place(self) -> list[str]:
+        """What says which sums the block computes."""
+        return ["left_first", "right_first", "item", *(["split"] if self.splits > 1 else [])]
 
     def _first_line(self, below: int, tiles: int, extent: int) -> str:
         """The block's first line in one direction; `below`: blocks before the next tile there."""
@@ -242,7 +248,9 @@ class _TiledEmitter(CudaEmitter):
         """Store the elements of one group of rows of every thread, by way of shared memory."""
         tile, pitch = self.tiled, self._drain_pitch
         row, column = tile.corner
-        self._add(1, "cuda.syncthreads()", f"corner = U({row} * U({pitch}) + {column})")
+        if group:
+            self._add(1, "cuda.syncthreads()")
+        self._add(1, f"corner = U({row} * U({pitch}) + {column})")
         for i in range(4):
             for j in range(tile.groups):
                 first = (group * 4 + i) * tile.part + 4 * j

@@ -69,7 +69,7 @@ def _choose(kernel: Kernel) -> Plan:
     shared = _shared_loops(kernel)
     points = kernel.trips(kernel.outer)
     length = max((kernel.trips(loops) for loops in shared), default=0)
-    if length < WARP or any(_is_argmax(e) for e in kernel.expressions()):
+    if length < WARP:
         return Plan(1, _vector(kernel))
     if points >= _MANY and not _reads_along(kernel, [loops[-1] for loops in shared]):
         return Plan(1)
@@ -96,10 +96,6 @@ def _reads_along(kernel: Kernel, loops: list[str]) -> bool:
     return any(a.stride(n) == 1 for a in accesses for n in loops) and not any(
         a.stride(last) == 1 for a in accesses
     )
-
-
-def _is_argmax(expr: Expr) -> bool:
-    return expr.op == "reduce" and expr.attributes["combine"] == "argmax"
 
 
 def _accesses(kernel: Kernel) -> list[Access]:
@@ -301,10 +297,10 @@ class CudaEmitter(ReductionEmitter):
             self._accumulate(member, names, inner)
         self.close(inner, scope)
         kind = "warp" if self.plan.group == WARP else "block"
-        for member, (partial,) in zip(together, accumulators, strict=True):
+        for member, partial in zip(together, accumulators, strict=True):
             combine = member.attributes["combine"]
             fold = self.factory(f"{kind}_{combine}", f'v.{kind}_fold("{combine}")')
-            value = self._assign(scope, combine, f"{fold}({partial.name})", ())
+            value = self._assign(scope, combine, f"{fold}({', '.join(p.name for p in partial)})", ())
             scope.values[(id(member), self.guard, False)] = value
         return scope.values[(id(expr), self.guard, False)]
 

@@ -74,3 +74,20 @@ def total(terms: list[str], constant: int = 0) -> str:
     text = " ".join(terms)
     text = text[2:] if text.startswith("+ ") else f"U(0) {text}"
     return text if text.isidentifier() else f"U({text})"
+
+
+# ---- tiles in shared memory that are stored line by line
+
+
+def line_strides(depth: int) -> tuple[int, int, int]:
+    """How far apart lines 1, 4 and 32 apart lie: in other banks where threads write neighbouring
+    lines, or read every fourth one (`ldmatrix`)."""
+    four = depth + 4
+    one = 8 * four + 16
+    return one, four, 4 * one
+
+
+def line_place(line: int, depth: int) -> int:
+    """Where a line begins."""
+    one, four, many = line_strides(depth)
+    return line % 4 * one + line // 4 % 8 * four + line // 32 * many

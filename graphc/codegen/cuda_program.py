@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from graphc import errors
 from graphc.codegen import cuda_contraction, cuda_generic, program
-from graphc.codegen.cuda import Renderer, Rendering
+from graphc.codegen.cuda import CudaLaunch, Renderer, Rendering
 from graphc.codegen.kernel import Kernel
 from graphc.ir import Graph, Node
 
@@ -24,6 +24,12 @@ class CudaStep:
     node: Node
     kernel: Kernel
     rendering: Rendering
+
+    @property
+    def launches(self) -> list[tuple[CudaLaunch, tuple[str, ...]]]:
+        """Every launch with the element types of its pointers."""
+        types = [*(b.dtype for b in self.kernel.buffers), "float32"]  # the workspace is the last
+        return [(l, tuple(types[b] for b in l.buffers)) for l in self.rendering.launches]
 
 
 # By structure and precision, for the life of the process: passes ask, then the executable.

@@ -12,6 +12,7 @@ from functools import cache
 from llvmlite import ir
 from numba.core import cgutils
 
+from graphc.codegen.cuda_indices import line_place
 from graphc.codegen.numba_cuda import intrinsic, types
 from graphc.codegen.simd_operands import pointee
 
@@ -34,13 +35,19 @@ def _shared_element(context, builder, array_type, array, index):
     """Address of element `index` of a shared array, in shared memory's address space."""
     data = context.make_array(array_type)(context, builder, array).data
     place = builder.gep(data, [_wide(builder, index)])
-    return builder.addrspacecast(place, ir.PointerType(_FLOAT, addrspace=_SHARED))
+    kind = ir.PointerType(place.type.pointee, addrspace=_SHARED)
+    return builder.addrspacecast(place, kind)
 
 
 def _load4(builder, place):
     place = builder.bitcast(place, ir.PointerType(_FLOAT4, addrspace=place.type.addrspace))
     vector = builder.load(place, align=16)
     return [builder.extract_element(vector, _number(i)) for i in range(4)]
+
+
+def _assembly(builder, result, text: str, constraint: str, operands):
+    kind = ir.FunctionType(result, [operand.type for operand in operands])
+    return builder.call(ir.InlineAsm(kind, text, constraint, side_effect=False), operands)
 
 
 @intrinsic
@@ -62,9 +69,9 @@ def write(typing_context, pointer, index, value):
 def copy_lines(
     width: int, slots: tuple[int, ...], starts: tuple[int, ...] | None, conditional: bool
 ):
-    """f(tile, slot, pointer, start, inside): begin a copy of `width` elements (1 or 4) for each of
-    `slots`, to element `slot` + its number there of a shared array, from element `start` + its
-    number in `starts`. Without `starts`, `start` is a tuple, an element for each copy.
+    """f(tile, slot, pointer, start, line, inside): begin a copy of `width` elements (1 or 4) for
+    each of `slots`, to element `slot` + its number there of a shared array, from element `start` +
+    `line` + its number in `starts`. Without `starts`, `line` is a tuple, a number for each copy.
 
     `inside`, an operand of conditional copies alone, is a bool for all or a tuple of one for each:
     where it is false, zeros are written and nothing is read. With a width of 4, all numbers are
@@ -82,12 +89,12 @@ def copy_lines(
         builder.call(ir.InlineAsm(kind, text, constraint, side_effect=True), operands)
 
     def emit(context, builder, signature, values):
-        tile, slot, pointer, start = values[:4]
+        tile, slot, pointer, start, line = values[:5]
         to = _shared_element(context, builder, signature.args[0], tile, slot)
         to = builder.ptrtoint(to, _I32)
 
-        def address(index):
-            place = builder.gep(pointer, [_wide(builder, index)])
+        def address(own):
+            place = builder.gep(pointer, [_wide(builder, builder.add(start, own))])
             kind = ir.PointerType(_FLOAT, addrspace=_GLOBAL)
             return builder.ptrtoint(builder.addrspacecast(place, kind), _I64)
 
@@ -98,21 +105,44 @@ def copy_lines(
         insides = [None] * len(slots)
         if conditional:
             read, none = _number(nbytes), _number(0)
-            insides = [builder.select(flag, read, none) for flag in parts(values[4])]
-        places = [address(start)] * len(slots) if starts else map(address, parts(start))
+            insides = [builder.select(flag, read, none) for flag in parts(values[5])]
+        places = [address(line)] * len(slots) if starts else map(address, parts(line))
         for items in zip(slots, places, starts or [0] * len(slots), insides, strict=True):
-            begin(builder, to, items[0], *items[1:])
+            begin(builder, to, *items)
         return context.get_dummy_value()
 
-    def always(typing_context, tile, slot, pointer, start):
+    def always(typing_context, tile, slot, pointer, start, line):
         pointee(pointer, "copy_lines")
-        return types.void(tile, slot, pointer, start), emit
+        return types.void(tile, slot, pointer, start, line), emit
 
-    def sometimes(typing_context, tile, slot, pointer, start, inside):
+    def sometimes(typing_context, tile, slot, pointer, start, line, inside):
         pointee(pointer, "copy_lines")
-        return types.void(tile, slot, pointer, start, inside), emit
+        return types.void(tile, slot, pointer, start, line, inside), emit
 
     return intrinsic(sometimes if conditional else always)
+
+
+@cache
+def read_numbers(count: int):
+    """f(array, index): elements index .. index + count - 1 of a shared array of uint32, as a tuple.
+
+    The index is a multiple of the count or of 4, the count a power of two."""
+    width = min(count, 4)
+
+    def typing(typing_context, array, index):
+        def emit(context, builder, signature, values):
+            place = _shared_element(context, builder, signature.args[0], *values)
+            kind = ir.PointerType(ir.VectorType(_I32, width), addrspace=_SHARED)
+            place = builder.bitcast(place, kind)
+            numbers = []
+            for k in range(count // width):
+                vector = builder.load(builder.gep(place, [_number(k)]), align=4 * width)
+                numbers += [builder.extract_element(vector, _number(i)) for i in range(width)]
+            return context.make_tuple(builder, signature.return_type, numbers)
+
+        return types.UniTuple(types.uint32, count)(array, index), emit
+
+    return intrinsic(typing)
 
 
 @intrinsic
@@ -182,16 +212,12 @@ def multiply_tiles(rows: int, columns: int, depth: int, part: int):
 
 # ---- tensor cores (PTX ISA, "mma.sync"; compute capability 8.0)
 
+# Of 8 terms, and of 16.
 _MMA = {
-    # terms of one instruction, and the instruction
-    "tf32": (8, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"),
-    "bfloat16": (16, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"),
+    "tf32": "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32",
+    "bfloat16": "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
 }
-
-
-def _assembly(builder, result, text: str, constraint: str, operands):
-    kind = ir.FunctionType(result, [operand.type for operand in operands])
-    return builder.call(ir.InlineAsm(kind, text, constraint, side_effect=False), operands)
+_TERMS = 16  # that are read from shared memory at once
 
 
 def _rounded(builder, precision: str, values):
@@ -214,16 +240,30 @@ def _multiply_matrices(builder, instruction: str, a, b, c):
     return [builder.extract_value(found, k) for k in range(4)]
 
 
-@cache
-def multiply_on_tensor_cores(rows: int, columns: int, depth: int, precision: str):
-    """As `multiply_tiles` with a part of 8, for a warp: factors are rounded to `precision`,
-    products are summed in float32. Terms lie rows + 8 and columns + 8 apart.
+def _matrices(builder, address):
+    """Of one line and four matrices, terms q, q + 4, q + 8 and q + 12 for lane 4 g + q, g the line
+    in the matrix: ldmatrix moves 32 bits whatever they are. `address`: of this lane's line."""
+    text = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0,$1,$2,$3}, [$4];"
+    kind = ir.FunctionType(ir.LiteralStructType([_I32] * 4), [_I32])
+    assembly = ir.InlineAsm(kind, text, "=r,=r,=r,=r,r,~{memory}", side_effect=True)
+    found = builder.call(assembly, [address])
+    parts = [builder.extract_value(found, k) for k in range(4)]
+    return [builder.bitcast(part, _FLOAT) for part in parts]
 
-    Lane 4 g + q reads the terms q, q + 4, ... of rows 4 g .. 4 g + 3 of both halves of the warp's
+
+@cache
+def multiply_on_tensor_cores(
+    rows: int, columns: int, depth: int, precision: str, by_line: tuple[bool, bool]
+):
+    """As `multiply_tiles` with a part of 8, for a warp: factors are rounded to `precision`,
+    products are summed in float32. Terms lie rows + 8 and columns + 8 apart in tiles that are
+    stored term by term; `by_line`: whether the left, the right is not (`cuda_indices.line_place`).
+
+    Lane 4 g + q gets the terms q, q + 4, ... of rows 4 g .. 4 g + 3 of both halves of the warp's
     64 rows and of columns 4 g .. 4 g + 3 of its 32. In every instruction, the lane's sums are in
     two of those rows, and in columns 2 q and 2 q + 1 of the matrix: for the n-th matrix of a row
     of four, columns 8 q + n and 8 q + 4 + n."""
-    terms, instruction = _MMA[precision]
+    instruction = _MMA[precision]
 
     def typing(typing_context, sums, tile, left, right):
         def emit(context, builder, signature, values):
@@ -233,30 +273,42 @@ def multiply_on_tensor_cores(rows: int, columns: int, depth: int, precision: str
             a_place = _shared_element(context, builder, tile_type, tile, left)
             b_place = _shared_element(context, builder, tile_type, tile, right)
 
-            def quad(place, distance):
-                return _load4(builder, builder.gep(place, [_number(distance)]))
+            def operands(place, lines, pitch, half, first):
+                """By line 0..3, this lane's operands of terms first .. first + 15."""
+                found: list[list] = [[], [], [], []]
+                if lines:
+                    start = builder.ptrtoint(place, _I32)
+                    for n, own in enumerate(found):
+                        distance = _number(4 * (line_place(32 * half + n, depth) + first))
+                        line = _matrices(builder, builder.add(start, distance))
+                        own += _rounded(builder, precision, line)
+                    return found
+                for k in range(first, first + _TERMS, 8):
+                    places = [_number(term * pitch + 32 * half) for term in (k, k + 4)]
+                    quads = [_load4(builder, builder.gep(place, [p])) for p in places]
+                    for own, *pair in zip(found, *quads, strict=True):
+                        own += _rounded(builder, precision, pair)
+                return found
 
-            for first in range(0, depth, terms):
-                steps = range(first, first + terms, 4)
-                # By term: four columns, then four rows of each half.
-                b = [quad(b_place, k * (columns + 8)) for k in steps]
-                b = [_rounded(builder, precision, [y[n] for y in b]) for n in range(4)]
+            for first in range(0, depth, _TERMS):
+                b = operands(b_place, by_line[1], columns + 8, 0, first)
                 for half in range(2):
-                    a = [quad(a_place, k * (rows + 8) + 32 * half) for k in steps]
-                    a = [_rounded(builder, precision, [x[i] for x in a]) for i in range(4)]
-                    for pair in range(2):
-                        upper, lower = a[2 * pair], a[2 * pair + 1]
-                        factors = [upper[0], lower[0], upper[1], lower[1]]
-                        for n in range(4):
-                            at = [
-                                builder.gep(held, [_number(8 * row + 4 * j + n)])
-                                for row in (4 * half + 2 * pair, 4 * half + 2 * pair + 1)
-                                for j in range(2)
-                            ]
-                            c = [builder.load(place) for place in at]
-                            d = _multiply_matrices(builder, instruction, factors, b[n], c)
-                            for place, value in zip(at, d, strict=True):
-                                builder.store(value, place)
+                    a = operands(a_place, by_line[0], rows + 8, half, first)
+                    for k in range(0, len(b[0]), 2):
+                        for row in (0, 2):
+                            upper, lower = a[row][k : k + 2], a[row + 1][k : k + 2]
+                            factors = [upper[0], lower[0], upper[1], lower[1]]
+                            for n in range(4):
+                                at = [
+                                    builder.gep(held, [_number(8 * (4 * half + i) + 4 * j + n)])
+                                    for i in (row, row + 1)
+                                    for j in range(2)
+                                ]
+                                c = [builder.load(place) for place in at]
+                                matrix = b[n][k : k + 2]
+                                d = _multiply_matrices(builder, instruction, factors, matrix, c)
+                                for place, value in zip(at, d, strict=True):
+                                    builder.store(value, place)
             return context.get_dummy_value()
 
         return types.void(sums, tile, left, right), emit

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from graphc.codegen.cuda_indices import line_place, line_strides
+
 # What the choice assumes of a device: an A100's multiprocessors, what each multiplies and copies to
 # shared memory (bytes) in a cycle, and the bytes that memory moves in a cycle for all of them.
 MULTIPROCESSORS = 108
@@ -58,22 +60,20 @@ class Tile:
 
     # ---- the part of thread `t`, as source
 
-    @property
-    def word(self) -> str:
-        """The call that makes the word `multiply`."""
+    def word(self, by_line: tuple[bool, bool]) -> str:
+        """The call that makes the word `multiply`; `by_line`: how left and right are stored."""
         return f"multiply_tiles({self.rows}, {self.columns}, {self.depth}, {self.part})"
 
-    @property
-    def operands(self) -> tuple[str, str]:
+    def operands(self, by_line: tuple[bool, bool]) -> tuple[str, str]:
         """Where the thread's first elements of the left and of the right tile are."""
-        across = self.columns // self.part
-        return f"U(t // U({across}) * U(4))", f"U(t % U({across}) * U(4))"
+        return self.corner
 
     @property
     def corner(self) -> tuple[str, str]:
         """Row and column of the first of the thread's sums; rows are those of one group of every
         thread, the groups `strip` rows apart."""
-        return self.operands
+        across = self.columns // self.part
+        return f"U(t // U({across}) * U(4))", f"U(t % U({across}) * U(4))"
 
     @property
     def strip(self) -> int:
@@ -92,7 +92,8 @@ class TensorTile(Tile):
 
     A warp computes 64 x 32 sums in matrices of 16 x 8 (PTX ISA, "mma.sync"). Which rows and columns
     of a matrix are which of the warp's is free: lane 4 g + q takes rows 4 g .. 4 g + 3 of each half
-    and columns 8 q .. 8 q + 7, so that its elements lie together in shared memory.
+    and columns 8 q .. 8 q + 7, so that its elements lie together in shared memory. An operand that
+    is stored line by line is read by `ldmatrix`, of which lane 8 m + i names line 4 i of matrix m.
     """
 
     precision: str = "tf32"
@@ -104,20 +105,22 @@ class TensorTile(Tile):
         beside conversions and copies."""
         return 3.0 if self.precision == "tf32" else 5.0
 
-    @property
-    def word(self) -> str:
+    def word(self, by_line: tuple[bool, bool]) -> str:
         sizes = f"{self.rows}, {self.columns}, {self.depth}"
-        return f'multiply_on_tensor_cores({sizes}, "{self.precision}")'
+        return f'multiply_on_tensor_cores({sizes}, "{self.precision}", {by_line})'
 
-    @property
-    def operands(self) -> tuple[str, str]:
-        row, column = self._warp
-        pitches = self.rows + self.padding, self.columns + self.padding
-        lane = "t % U(32) // U(4) * U(4)"
-        return (
-            f"U({row} * U(64) + {lane} + t % U(4) * U({pitches[0]}))",
-            f"U({column} * U(32) + {lane} + t % U(4) * U({pitches[1]}))",
-        )
+    def operands(self, by_line: tuple[bool, bool]) -> tuple[str, str]:
+        places = []
+        extents = (64, self.rows), (32, self.columns)
+        for first, (warp, extent), lines in zip(self._warp, extents, by_line, strict=True):
+            if lines:
+                _, four, _ = line_strides(self.depth)
+                lane = f"t % U(8) * U({four}) + t % U(32) // U(8) * U(4)"
+                warp = line_place(warp, self.depth)
+            else:
+                lane = f"t % U(32) // U(4) * U(4) + t % U(4) * U({extent + self.padding})"
+            places.append(f"U({first} * U({warp}) + {lane})")
+        return places[0], places[1]
 
     @property
     def _warp(self) -> tuple[str, str]:
@@ -150,6 +153,10 @@ TILES = (
     Tile(128, 128, 8, 8),
     Tile(128, 64, 8, 8),
     Tile(64, 128, 8, 8),
+    Tile(64, 64, 16, 4),
+    Tile(32, 128, 16, 4),
+    Tile(128, 32, 16, 4),
+    Tile(32, 32, 16, 4),
     Tile(64, 64, 8, 4),
     Tile(32, 128, 8, 4),
     Tile(128, 32, 8, 4),
@@ -163,8 +170,6 @@ TENSOR_TILES = tuple(
     for precision in ("tf32", "bfloat16")
     for rows, columns in ((128, 128), (128, 64), (64, 128), (64, 64))
 )
-# A thread keeps the indices of the lines it copies in registers, with checks several for each.
-_SHALLOW = 8
 # One thread for each sum reads two operands for every multiply-add.
 _GENERIC_EFFICIENCY = 0.05
 
@@ -176,17 +181,15 @@ def choose_tile(
     batch: int,
     precision: str = "float32",
     splittable: bool = True,
-    checked: bool = False,
 ) -> tuple[Tile, int] | None:
     """A tile and in how many parts the sum is split; None where one thread a sum is as good.
 
-    `precision`: "tf32" and "bfloat16" allow tiles on tensor cores. `checked`: whether bounds of
-    operands are checked line by line."""
+    `precision`: "tf32" and "bfloat16" allow tiles on tensor cores."""
     work = rows * columns * inner * batch
     least = work / (MULTIPROCESSORS * _MULTIPLY_ADDS * _GENERIC_EFFICIENCY)
     best: tuple[Tile, int] | None = None
     tensor = [tile for tile in TENSOR_TILES if tile.precision == precision]
-    for tile in (*tensor, *(t for t in TILES if not checked or t.depth <= _SHALLOW)):
+    for tile in (*tensor, *TILES):
         tiles = _tiles(tile, rows, columns, batch)
         for splits in sorted(_splits(tiles, inner, tile.depth)) if splittable else (1,):
             cycles = _cycles(tile, splits, rows, columns, inner, batch)

@@ -12,13 +12,14 @@ fast-math: results follow IEEE 754, and products and sums are contracted only wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils
 
-from graphc.codegen import simd_elementwise
+from graphc.codegen import simd_elementwise, simd_values
 from graphc.codegen.numba_cuda import cuda, intrinsic, types
 from graphc.codegen.simd_operands import (
     describe,
@@ -199,66 +200,88 @@ def shuffle_xor(x: Value, distance: int) -> Value:
     return Value(x.emitter, builder.bitcast(halves[0], x.emitter.type))
 
 
-def _fold_warp(x: Value, combine: str) -> Value:
+# What a thread has folded: one value, or for "argmax" a value and its position, -1 before any.
+Partial = tuple[Value, ...]
+
+
+def _combined(x: Partial, y: Partial, combine: str) -> Partial:
+    """Two partial results as one. For "argmax", NaN exceeds every number, and of equal values the
+    first wins, so that the order in which threads meet does not matter."""
+    if combine != "argmax":
+        return (FOLDS[combine](x[0], y[0]),)
+    (best, place), (other, position) = x, y
+    better, equal = other > best, other.equals(best)
+    if other.emitter.is_float:
+        better = better | (other.is_nan() & ~best.is_nan())
+        equal = equal | (other.is_nan() & best.is_nan())
+    better = (place < 0) | better | (equal & (position < place))
+    better = better & ~(position < 0)
+    choose = simd_values.select
+    return choose(better, other, best), choose(better, position, place)
+
+
+def _fold_warp(x: Partial, combine: str) -> Partial:
     """The fold over a warp, in every lane; lane l meets l xor 16, then 8, 4, 2, 1."""
     distance = WARP // 2
     while distance:
-        x = FOLDS[combine](x, shuffle_xor(x, distance))
+        x = _combined(x, tuple(shuffle_xor(part, distance) for part in x), combine)
         distance //= 2
     return x
 
 
-@cache
-def warp_fold(combine: str):
-    """f(x): "sum", "prod", "max" or "min" over the warp, the same in every lane.
+def _fold_block(x: Partial, combine: str) -> Partial:
+    """The fold over a block, in every thread. Warps fold themselves, leave their results in shared
+    memory, and each folds those again, so that no result crosses a second barrier."""
+    builder = x[0].emitter.builder
+    x = _fold_warp(x, combine)
+    number, own = _shifted(lambda b: _register(b, "tid.x"))(builder), _lane(builder)
+    arrays = [_shared_array(builder, k, part.emitter.dtype) for k, part in enumerate(x)]
+    with builder.if_then(builder.icmp_unsigned("==", own, ir.Constant(I32, 0))):
+        for array, part in zip(arrays, x, strict=True):
+            builder.store(part.ll, _element(builder, array, number))
+    _barrier(builder)
+    # Lanes past the last warp hold what changes nothing.
+    last = _shifted(lambda b: _register(b, "ntid.x"))(builder)
+    inside = builder.icmp_unsigned("<", own, last)
+    at = builder.select(inside, own, ir.Constant(I32, 0))
+    found = []
+    for array, part in zip(arrays, x, strict=True):
+        identity = part.emitter.constant(_IDENTITY[combine](part.emitter.dtype)).ll
+        element = builder.load(_element(builder, array, at))
+        found.append(Value(part.emitter, builder.select(inside, element, identity)))
+    result = _fold_warp(tuple(found), combine)
+    _barrier(builder)
+    return result
 
-    Every lane of the warp must call it."""
-    name = f"warp_{combine}"
 
-    def typing(x):
-        dtype = describe(x, name).dtype
+def _fold_word(name: str, combine: str, fold: Callable[[Partial, str], Partial]) -> Any:
+    def typing(x, *position):
+        dtypes = [describe(x, name).dtype, *("int32" for _ in position)]
 
         def emit(context, builder, signature, values):
-            return _fold_warp(Value(Emitter(builder, dtype, None), values[0]), combine).ll
+            parts = zip(dtypes, values, strict=True)
+            partial = tuple(Value(Emitter(builder, dtype, None), ll) for dtype, ll in parts)
+            return fold(partial, combine)[-1].ll
 
-        return numba_type(dtype, None)(x), emit
+        return numba_type(dtypes[-1], None)(x, *position), emit
 
-    return named_intrinsic(name, "x", typing, intrinsic)
+    parameters = "x position" if combine == "argmax" else "x"
+    return named_intrinsic(name, parameters, typing, intrinsic)
+
+
+@cache
+def warp_fold(combine: str):
+    """f(x): "sum", "prod", "max" or "min" over the warp, the same in every lane; "argmax" is
+    f(x, position), the int32 position of the first maximum.
+
+    Every lane of the warp must call it."""
+    return _fold_word(f"warp_{combine}", combine, _fold_warp)
 
 
 @cache
 def block_fold(combine: str):
-    """f(x): "sum", "prod", "max" or "min" over the block, the same in every thread.
-
-    Every thread of a block of whole warps must call it. Warps fold themselves, leave their results
-    in shared memory, and each folds those again, so that no result crosses a second barrier."""
-    name = f"block_{combine}"
-
-    def typing(x):
-        dtype = describe(x, name).dtype
-
-        def emit(context, builder, signature, values):
-            emitter = Emitter(builder, dtype, None)
-            partial = _fold_warp(Value(emitter, values[0]), combine)
-            shared = _shared_array(context, builder, dtype)
-            number, own = _shifted(lambda b: _register(b, "tid.x"))(builder), _lane(builder)
-            first = builder.icmp_unsigned("==", own, ir.Constant(I32, 0))
-            with builder.if_then(first):
-                builder.store(partial.ll, _element(builder, shared, number))
-            _barrier(builder)
-            # Lanes past the last warp repeat it where that changes nothing, else they hold it off.
-            last = _shifted(lambda b: _register(b, "ntid.x"))(builder)
-            inside = builder.icmp_unsigned("<", own, last)
-            at = builder.select(inside, own, ir.Constant(I32, 0))
-            found = builder.load(_element(builder, shared, at))
-            identity = emitter.constant(_IDENTITY[combine](dtype)).ll
-            result = _fold_warp(Value(emitter, builder.select(inside, found, identity)), combine)
-            _barrier(builder)
-            return result.ll
-
-        return numba_type(dtype, None)(x), emit
-
-    return named_intrinsic(name, "x", typing, intrinsic)
+    """As `warp_fold` over the block. Every thread of a block of whole warps must call it."""
+    return _fold_word(f"block_{combine}", combine, _fold_block)
 
 
 def _limit(dtype: str, sign: int) -> float | int:
@@ -273,12 +296,14 @@ _IDENTITY = {
     "prod": lambda dtype: 1,
     "max": lambda dtype: _limit(dtype, -1),
     "min": lambda dtype: _limit(dtype, 1),
+    "argmax": lambda dtype: -1,  # a position that is none; its value does not matter
 }
 
 
-def _shared_array(context, builder, dtype: str):
-    """One element a warp of shared memory; folds of one dtype take turns, barriers between."""
-    name, kind = f"graphc_fold_{dtype}", ir.ArrayType(ELEMENT[dtype], WARP)
+def _shared_array(builder, number: int, dtype: str):
+    """One element a warp of shared memory, for one part of a partial result; folds of the same
+    dtypes take turns, barriers between."""
+    name, kind = f"graphc_fold{number}_{dtype}", ir.ArrayType(ELEMENT[dtype], WARP)
     found = builder.module.globals.get(name)
     if found is None:
         found = ir.GlobalVariable(builder.module, kind, name, addrspace=_SHARED)

@@ -36,37 +36,37 @@ def signature(buffers: Sequence[str], numbers: int):
     return types.void(*map(pointer_type, buffers), *[types.int32] * numbers)
 
 
-def compile_ptx(
-    kernel: Callable, typed, capability: Capability, threads: int, resident: int = 1
-) -> tuple[str, str]:
-    """(symbol, PTX text) of a kernel for blocks of at most `threads` threads.
-
-    `resident` blocks should fit on a multiprocessor at once. Products and sums are contracted only
-    where the kernel says fma: libnvvm would round differently from one GPU to the next."""
-    text, _ = cuda.compile(
-        kernel,
-        typed,
-        device=False,
-        abi="numba",
-        cc=capability,
-        output="ptx",
-        fastmath=False,
-        launch_bounds=(threads, resident),
-    )
-    found = re.search(r"\.entry\s+([^\s(]+)\(", text)
-    assert found, "the PTX has no entry"
-    return found[1], text
-
-
-def lower(kernel: Callable, typed, capability: Capability) -> Lowered:
-    """A kernel's NVVM IR, as it is handed to libnvvm."""
+def _library(kernel: Callable, typed, capability: Capability, **options):
+    """A kernel as Numba lowers it: NVVM IR, and what libnvvm makes of it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         compile_function = compiler._compile_pyfunc_with_fixup  # type: ignore[attr-defined]
         library, _ = compile_function(
-            kernel, typed, device=False, abi="numba", cc=capability, fastmath=False
+            kernel, typed, device=False, abi="numba", cc=capability, fastmath=False, **options
         )
-    modules = tuple(library.llvm_strs)
+    return library
+
+
+def compile_ptx(
+    kernel: Callable, typed, capabilities: Sequence[Capability], threads: int, resident: int = 1
+) -> tuple[str, list[str]]:
+    """(symbol, PTX text for each capability) of a kernel for blocks of at most `threads` threads.
+
+    `resident` blocks should fit on a multiprocessor at once. Products and sums are contracted only
+    where the kernel says fma: libnvvm would round differently from one GPU to the next."""
+    library = _library(kernel, typed, capabilities[0], launch_bounds=(threads, resident))
+    texts = []
+    for capability in capabilities:  # lowering, which takes longest, is the same for all
+        (text,) = library.get_asm_strs(cc=capability)
+        texts.append(text)
+    found = re.search(r"\.entry\s+([^\s(]+)\(", texts[0])
+    assert found, "the PTX has no entry"
+    return found[1], texts
+
+
+def lower(kernel: Callable, typed, capability: Capability) -> Lowered:
+    """A kernel's NVVM IR, as it is handed to libnvvm."""
+    modules = tuple(_library(kernel, typed, capability).llvm_strs)
     for text in modules:
         if found := re.search(r'@"([^"]+)"\s*,\s*!"kernel"', text):
             return Lowered(found[1], modules)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from graphc.codegen.cuda import Dimensions
-from graphc.inspect.cuda_report import CAPABILITIES, StaticReport, report_step
+from graphc.inspect.cuda_report import CAPABILITIES, StaticReport, report_steps
 from graphc.inspect.kernels import RegionInfo, region_fields
 from graphc.inspect.text import size_text
 
@@ -42,7 +42,7 @@ class CudaKernelInfo(RegionInfo):
 
         Compiles what is not in the kernel cache, a few seconds a kernel. Raises MissingExtraError
         where the tools are not installed, CompileError."""
-        return {capability: report_step(self.step, capability) for capability in capabilities}
+        return report_steps([self.step], capabilities)[0]
 
     def __str__(self) -> str:
         extra = f"; workspace {size_text(self.workspace)}" if self.workspace else ""

@@ -7,12 +7,14 @@ is not a speed.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -305,25 +307,29 @@ def report(ptx: str, capability: str, threads: int, shared: int = 0) -> StaticRe
     return StaticReport(capability, threads, resources, total, blocks, limit, occupancy, loop)
 
 
-def report_step(step: CudaStep, capability: str) -> tuple[StaticReport, ...]:
-    """A report on every launch of a step. Raises as `report` does."""
+def report_steps(
+    steps: Sequence[CudaStep], capabilities: Sequence[str] = CAPABILITIES
+) -> list[dict[str, tuple[StaticReport, ...]]]:
+    """Reports on the launches of every step, by capability; equal kernels are compiled and
+    assembled once, several at a time. Raises as `report` does."""
     tool("ptxas")  # before anything is compiled in vain
-    major, minor = (int(part) for part in capability.split("."))
-    types = [*(b.dtype for b in step.kernel.buffers), "float32"]
-    launches = step.rendering.launches
-    sources = []
-    for launch in launches:
-        wanted = CudaSignature(
-            "ptx",
-            (major, minor),
-            tuple(types[b] for b in launch.buffers),
-            len(launch.numbers),
-            launch.threads,
-            launch.resident,
-            launch.shared,
-        )
-        sources.append(KernelSource("kernel", launch.source, wanted.text()))
-    return tuple(
-        report(entry.object_bytes.decode(), capability, launch.threads, launch.shared)
-        for entry, launch in zip(fetch_kernels(sources).entries, launches, strict=True)
-    )
+    wanted = [tuple(map(int, capability.split("."))) for capability in capabilities]
+    launches = [row for step in steps for row in step.launches]
+    sources = [
+        KernelSource("kernel", row[0].source, CudaSignature.of(*row, "ptx", *wanted).text())
+        for row in launches
+    ]
+    jobs = [
+        (text, capability, launch.threads, launch.shared)
+        for entry, (launch, _) in zip(fetch_kernels(sources).entries, launches, strict=True)
+        for text, capability in zip(entry.object_bytes.decode().split("\0"), capabilities)
+    ]
+    distinct = list(dict.fromkeys(jobs))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # which waits for the tools' processes
+        done = dict(zip(distinct, pool.map(lambda job: report(*job), distinct), strict=True))
+    found = (done[job] for job in jobs)
+    table = []
+    for step in steps:
+        rows = [[next(found) for _ in capabilities] for _ in step.launches]
+        table.append(dict(zip(capabilities, zip(*rows, strict=True), strict=True)))
+    return table

@@ -81,10 +81,7 @@ class CudaExecutable(Executable):
 
         One runs when parameters change, the other at every call."""
         rows = [(step, launch) for step in self.steps for launch in step.rendering.launches]
-        wanted = []
-        for step, launch in rows:
-            types = [*(b.dtype for b in step.kernel.buffers), "float32"]
-            wanted.append((step.node.name, launch, tuple(types[b] for b in launch.buffers)))
+        wanted = [(step.node.name, *row) for step in self.steps for row in step.launches]
         loaded = self.device.load(wanted, progress)
         self.compiled_kernels = loaded.compiled
         self.kernel_files: dict[str, tuple[str, ...]] = {}

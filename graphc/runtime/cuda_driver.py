@@ -192,15 +192,7 @@ class GpuDevice(Device):
         self.activate()
         sources = []
         for _, launch, buffers in launches:
-            wanted = CudaSignature(
-                "ptx",
-                self.capability,
-                buffers,
-                len(launch.numbers),
-                launch.threads,
-                launch.resident,
-                launch.shared,
-            )
+            wanted = CudaSignature.of(launch, buffers, "ptx", self.capability)
             sources.append(KernelSource("kernel", launch.source, wanted.text()))
         fetched = fetch_kernels(sources, progress=progress)
         functions: dict[str, int] = {}

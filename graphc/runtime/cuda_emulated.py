@@ -44,10 +44,7 @@ class EmulatedDevice(Device):
     ) -> Loaded:
         sources = []
         for _, launch, buffers in launches:
-            numbers, threads = len(launch.numbers), launch.threads
-            wanted = CudaSignature(
-                "emulated", CAPABILITY, buffers, numbers, threads, 1, launch.shared
-            )
+            wanted = CudaSignature.of(launch, buffers, "emulated", CAPABILITY)
             sources.append(KernelSource("kernel", launch.source, wanted.text()))
         found = load_kernels(sources, progress=progress)
         return Loaded(found.addresses, found.paths, found.compiled)
