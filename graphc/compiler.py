@@ -292,7 +292,7 @@ def default_pipeline(layout: str | None = None, target: str = "cpu") -> Pipeline
 
     Edit it as data and pass `pipeline=`."""
     if target != "cpu":  # values are rows: threads read neighbours, not vectors
-        return Pipeline((ExplicitPadding(rows=True), Fuse()))
+        return Pipeline((ExplicitPadding(rows=True), Fuse(pooled=False)))
     from graphc.codegen import core
     from graphc.codegen import target as cpu_target
 

@@ -43,13 +43,16 @@ class Fuse(Pass):
 
     Precondition: shapes are bound and composite operators are decomposed. Postcondition: every node
     is a source, a `reshape` (an alias of its operand) or `fused`. `enabled=False` puts each node by
-    itself. The reasons why neighbours were kept apart are in `graph.annotations["not_fused"]`.
+    itself. `pooled=False` never puts a window over a convolution: where threads compute a
+    convolution's tile, a window across it is more than one of them has. The reasons why neighbours
+    were kept apart are in `graph.annotations["not_fused"]`.
     """
 
     enabled: bool = True
+    pooled: bool = True
 
     def run(self, graph: Graph) -> Graph:
-        return _Fuser(_keep_axes(graph), self.enabled).run()
+        return _Fuser(_keep_axes(graph), self).run()
 
 
 def _keep_axes(graph: Graph) -> Graph:
@@ -98,8 +101,8 @@ def _only_ones_differ(node: Node) -> bool:
 
 
 class _Fuser:
-    def __init__(self, graph: Graph, enabled: bool):
-        self.graph, self.enabled = graph, enabled
+    def __init__(self, graph: Graph, options: Fuse):
+        self.graph, self.options = graph, options
         self.nodes = [n for n in graph.nodes if n.op not in SOURCES]
         self.position = {n.name: i for i, n in enumerate(graph.nodes)}
         self.group = {n.name: n.name for n in self.nodes}
@@ -132,7 +135,7 @@ class _Fuser:
         self.summed: dict[str, bool] = {}
 
     def run(self) -> Graph:
-        if self.enabled:
+        if self.options.enabled:
             self.merge_siblings()
             for node in self.nodes:
                 if not self.boundary(node):
@@ -211,7 +214,8 @@ class _Fuser:
                     continue
                 if node.op in CONTRACTIONS:
                     return f"each element of {source.name!r} is read many times by {node.name!r}"
-                if node.op in WINDOWS and (source.op != "conv2d" or not _disjoint(node)):
+                shared = source.op == "conv2d" and self.options.pooled and _disjoint(node)
+                if node.op in WINDOWS and not shared:
                     return (
                         f"overlapping or stored windows of {source.name!r} would be computed again"
                     )

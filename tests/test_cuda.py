@@ -78,7 +78,7 @@ def test_every_way_to_share_points(rng):
     blocks = {launch.block[0] for step in exe.steps for launch in step.rendering.launches}
     words = " ".join(launch.source for step in exe.steps for launch in step.rendering.launches)
     assert blocks == {256, 1024}
-    for word in ("load_vector", "v.warp_fold", "v.block_fold"):
+    for word in ("load_vector", "v.warp_fold", "v.block_fold", 'v.block_fold("argmax")'):
         assert word in words
     expected = gc.compile(g, outputs=list(g.outputs), target="interpret").run(feeds)
     for order in ORDERS:

@@ -157,6 +157,33 @@ def kernel(a, o, n):
         assert np.array_equal(got[3].reshape(2, 96), blocks.min(1, keepdims=True) + 0 * blocks)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+def test_folds_to_the_first_maximum(rng, dtype):
+    """As numpy.argmax: the first of equals, the first NaN before any number; some threads have
+    nothing to say."""
+    body = """
+block_argmax, warp_argmax = v.block_fold("argmax"), v.warp_fold("argmax")
+to_int32 = v.cast("int32")
+
+def kernel(a, o, n):
+    i = v.thread()
+    j = v.member()
+    position = to_int32(j if j % 5 else -1)
+    v.store(o, i, block_argmax(v.load(a, i), position))
+    v.store(o, i + n, warp_argmax(v.load(a, i), position))
+"""
+    a = rng.integers(-9, -4, 192).astype(dtype)
+    if dtype == "float32":
+        a[[40, 41, 130]] = np.nan
+    heard = np.where(np.arange(192) % 96 % 5, a, a.min() - 1 if dtype == "int32" else -np.inf)
+    expected = [np.repeat(heard.reshape(2, 96).argmax(1), 96)]
+    warps = heard.reshape(6, 32).argmax(1) + 32 * (np.arange(6) % 3)
+    expected.append(np.repeat(warps, 32))
+    for order in ORDERS:
+        got = run(body, a, np.zeros(384, np.int32), numbers=(192,), grid=2, block=96, order=order)
+        assert np.array_equal(got.reshape(2, 192), expected)
+
+
 def test_positions_and_dynamic_shared_memory():
     body = """
 def kernel(a, o, n):

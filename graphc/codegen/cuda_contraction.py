@@ -204,7 +204,7 @@ class _TiledEmitter(CudaEmitter):
         parts = tile.operands(self.by_line)
         more = self.number(("more",), "more", (self.steps - 1) * tile.depth)
         self._add(1, f"last = U(term + U({more}))", *self.left.setup(), *self.right.setup())
-        if not all(operand.regular for operand in (self.left, self.right)):
+        if self.left.prepared or self.right.prepared:
             self._add(1, "cuda.syncthreads()")
         self._add(
             1,

@@ -300,7 +300,9 @@ class CudaEmitter(ReductionEmitter):
         for member, partial in zip(together, accumulators, strict=True):
             combine = member.attributes["combine"]
             fold = self.factory(f"{kind}_{combine}", f'v.{kind}_fold("{combine}")')
-            value = self._assign(scope, combine, f"{fold}({', '.join(p.name for p in partial)})", ())
+            value = self._assign(
+                scope, combine, f"{fold}({', '.join(p.name for p in partial)})", ()
+            )
             scope.values[(id(member), self.guard, False)] = value
         return scope.values[(id(expr), self.guard, False)]
 

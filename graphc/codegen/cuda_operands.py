@@ -1,12 +1,15 @@
 """Copy an operand of an implicit matrix product tile by tile from global to shared memory.
 
 A tile is some lines (rows of the left factor, columns of the right one) by `depth` terms of the
-sum, stored term by term; for tensor cores, which read either, line by line where neighbouring terms
-lie closer in memory (`cuda_indices.line_place`). Copies are asynchronous and go through no register. Every thread copies
+sum, stored term by term. Copies are asynchronous and go through no register. Every thread copies
 elements of one term: four neighbouring lines at once (128 bits) where they lie together in memory,
-else single ones, of which neighbouring threads take neighbouring lines or terms; from a tile stored
-line by line, four neighbouring terms of some lines where it can. What depends on the line is worked out before the loop over the terms, what depends on the term in it, once for all
-lines.
+else single ones, of which neighbouring threads take neighbouring lines or terms. Tensor cores read
+tiles stored line by line too (`cuda_indices.line_place`): those whose lines are not copied four at
+once; there a thread copies four neighbouring terms of some lines where these lie together.
+
+What depends on the line is worked out before the loop over the terms, what depends on the term in
+it, once for all lines. What the loop seldom needs it reads from shared memory: registers are for
+the sums.
 """
 
 from __future__ import annotations
@@ -104,7 +107,7 @@ class Operand:
     @property
     def by_line(self) -> bool:
         """Whether the tile is stored line by line."""
-        return self.matrices and self.terms_first
+        return self.matrices and not self.line_quads
 
     @property
     def size(self) -> int:
@@ -178,10 +181,14 @@ class Operand:
             lines.append(f"{name}_at = {total(start, self.access.offset)}")
         else:
             lines += self._table()
-        for number, (index, _) in enumerate(self.factor.bounds):
-            if number not in self._line_checks:
-                terms = self._batch_terms(index)
-                lines.append(f"{name}_check{number} = {total(terms, index.constant)}")
+        checks = self._block_checks
+        if checks:
+            lines.append(f"{name}_checks = cuda.shared.array({len(checks)}, U)")
+            lines.append("if t == U(0):")
+        for k, number in enumerate(checks):
+            index = self.factor.bounds[number][0]
+            value = total(self._batch_terms(index), index.constant)
+            lines.append(f"    {name}_checks[{k}] = {value}")
         return lines
 
     def _table(self) -> list[str]:
@@ -207,8 +214,8 @@ class Operand:
             f"line = min({own}, U({last}))" if self.lines.extent % self.extent else f"line = {own}",
             f"to = U(t % U({step}) * U({copies}) + t // U({step}))",
         ]
-        for k, number in enumerate(numbers):
-            inner.append(f"{name}_lines[{total(['+ to'], k * self.extent)}] = {number}")
+        for k, value in enumerate(numbers):
+            inner.append(f"{name}_lines[{total(['+ to'], k * self.extent)}] = {value}")
         return [*lines, *("    " * (self.threads > self.extent) + line for line in inner)]
 
     @cached_property
@@ -217,6 +224,16 @@ class Operand:
         own = set(self.lines.loops)
         bounds = enumerate(self.factor.bounds)
         return tuple(k for k, (index, _) in bounds if own & {n for n, _ in index.terms})
+
+    @property
+    def _block_checks(self) -> list[int]:
+        """Numbers of the others, whose part outside the sum is the same for the whole block."""
+        return [k for k in range(len(self.factor.bounds)) if k not in self._line_checks]
+
+    @property
+    def prepared(self) -> bool:
+        """Whether copies read what `setup` leaves in shared memory."""
+        return not self.regular or bool(self._block_checks)
 
     def _batch_terms(self, index: Index) -> list[str]:
         return self.batch.terms("item", dict(index.terms))
@@ -243,7 +260,8 @@ class Operand:
             if number in self._line_checks:
                 lines.append(f"{name}_step{number} = {step}")
             else:
-                inside.append(f"U({name}_check{number} + {step}) < U({extent})")
+                own = f"{name}_checks[{self._block_checks.index(number)}]"
+                inside.append(f"U({own} + {step}) < U({extent})")
         if inside:
             lines.append(f"{name}_inside = {' and '.join(inside)}")
         start = total(self.inner.terms(f"{name}_k", self.strides))

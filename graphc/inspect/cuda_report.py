@@ -289,11 +289,16 @@ class StaticReport:
         return text
 
 
+def _parsed(capability: str) -> tuple[int, int]:
+    major, minor = capability.split(".")
+    return int(major), int(minor)
+
+
 def report(ptx: str, capability: str, threads: int, shared: int = 0) -> StaticReport:
     """Assemble PTX with one kernel, for blocks of `threads` with `shared` bytes of dynamic memory.
 
     Raises MissingExtraError without NVIDIA's tools, CompileError with their complaint."""
-    major, minor = (int(part) for part in capability.split("."))
+    major, minor = _parsed(capability)
     with tempfile.TemporaryDirectory(prefix="graphc-ptx-") as folder:
         source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         source.write_text(ptx, encoding="utf-8")
@@ -313,7 +318,7 @@ def report_steps(
     """Reports on the launches of every step, by capability; equal kernels are compiled and
     assembled once, several at a time. Raises as `report` does."""
     tool("ptxas")  # before anything is compiled in vain
-    wanted = [tuple(map(int, capability.split("."))) for capability in capabilities]
+    wanted = [_parsed(capability) for capability in capabilities]
     launches = [row for step in steps for row in step.launches]
     sources = [
         KernelSource("kernel", row[0].source, CudaSignature.of(*row, "ptx", *wanted).text())
