@@ -214,8 +214,8 @@ class _Fuser:
                     continue
                 if node.op in CONTRACTIONS:
                     return f"each element of {source.name!r} is read many times by {node.name!r}"
-                shared = source.op == "conv2d" and self.options.pooled and _disjoint(node)
-                if node.op in WINDOWS and not shared:
+                pooled = source.op == "conv2d" and self.options.pooled
+                if node.op in WINDOWS and not (pooled and _disjoint(node)):
                     return (
                         f"overlapping or stored windows of {source.name!r} would be computed again"
                     )
@@ -446,8 +446,8 @@ class _Fuser:
 
 def _outer(nodes: list[Node], results: list[Value]) -> tuple[tuple[int, ...], set[int]]:
     """The loops that all results of a region share (1: no loop), and the axes that it reduces."""
-    shapes = [v.sizes for v in results]
-    outer = [min(s[axis] for s in shapes) for axis in range(len(shapes[0]))]
+    shapes = {v.sizes for v in results}
+    outer = tuple(map(min, zip(*shapes, strict=True)))
     reduced: set[int] = set()
     for node in nodes:
         if node.op in REDUCTIONS and node.inputs[0].rank == len(outer):
