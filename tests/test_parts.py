@@ -83,3 +83,14 @@ def test_points_of_a_patch_lie_in_many_sets():
         array = np.random.default_rng(0).standard_normal(shape, np.float32)
         write_layout(memory, array, layout)
         np.testing.assert_array_equal(read_layout(memory, shape, layout), array)
+
+
+@pytest.mark.parametrize("threads", (1, 2))
+@pytest.mark.parametrize("channels", (64, 520))
+def test_pixels_in_blocks(channels, threads):
+    """Images that do not fit the second cache are read once, not once for a few channels."""
+    g = convolution(channels, 56, 128, 1, 1, True)
+    exe = gc.compile(g, outputs=["y"], dims={"N": 2}, threads=threads, precision="strict")
+    (launch,) = [one for one in exe.launches if one.node.name == "conv"]
+    assert launch.schedule.order[-1].endswith("l")
+    agrees(exe, g, (2, channels, 56, 56), 1e-5)

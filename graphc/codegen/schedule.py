@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 
-from graphc.codegen import core, parts
+from graphc.codegen import cache_blocks, core, parts
 from graphc.codegen.kernel import Access, Ahead, Kernel, Loop, Schedule, expressions
 from graphc.codegen.read_ahead import read_ahead
 from graphc.codegen.reductions import known_factor
@@ -57,6 +57,8 @@ def rank_schedules(
             kernel, main, lane, lanes, fixed, {blocks: together}, outer, tiles
         )
         outside = parts.cut(kernel, kept) if kept else ()
+    uncut = len(outer)
+    outer, tiles = _cut_last(kernel, outer, tiles, fixed)
     schedules = []
     for tile in list(tiles)[:most]:
         counts = dict(tile)
@@ -67,7 +69,8 @@ def rank_schedules(
         trips = [math.ceil(kernel.loops[n].extent / counts.get(n, 1)) for n in even]
         shared = 1 if blocks else _shared(trips, threads) if threads > 1 else 0
         around: tuple[str, ...] = ()
-        order, first = outer, max(1, shared)  # threads do not share parts, whose sums are one
+        # Threads do not share parts, whose sums are one.
+        order, first = outer, max(1 + len(outer) - uncut, shared)
         if outside and main:
             units = math.prod(trips[:first]) / threads
             if _around_all(kernel, main, outside, outer[:first], units, threads):
@@ -79,6 +82,30 @@ def rank_schedules(
     return schedules
 
 
+def _cut_last(
+    kernel: Kernel, outer: tuple[str, ...], tiles: dict[Tile, float], fixed: set[str]
+) -> tuple[tuple[str, ...], dict[Tile, float]]:
+    """The loops and tiles once the innermost loop is cut into blocks for the second cache."""
+    blocks = 1
+    if outer and outer[-1] not in fixed:
+        blocks = cache_blocks.block_count(kernel, _operands(kernel), outer, dict(next(iter(tiles))))
+    if blocks == 1:
+        return outer, tiles
+    *around, middle, last = outer
+    block, inner = cache_blocks.cut(kernel, last, blocks)
+    renamed = {
+        tuple((inner if n == last else n, count) for n, count in tile): cost
+        for tile, cost in tiles.items()
+    }
+    return (*around, block, middle, inner), renamed
+
+
+def _operands(kernel: Kernel) -> list[Access]:
+    """The memory accesses behind the product of the main sum, none if there is none."""
+    main = _main_reduction(kernel)
+    return [a for factor in _factors(main) for a in _operand(factor)] if main else []
+
+
 def _ahead(
     kernel: Kernel, lane: str | None, counts: dict[str, int], order: tuple[str, ...]
 ) -> tuple[Ahead, ...]:
@@ -86,8 +113,7 @@ def _ahead(
     main = _main_reduction(kernel)
     if main is None:
         return ()
-    operands = [a for factor in _factors(main) for a in _operand(factor)]
-    return read_ahead(kernel, operands, main.attributes["loops"], lane, counts, order)
+    return read_ahead(kernel, _operands(kernel), main.attributes["loops"], lane, counts, order)
 
 
 def _around_all(

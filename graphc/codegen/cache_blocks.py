@@ -1,0 +1,64 @@
+"""Cut the innermost loop so that what it reads stays in the second cache.
+
+A 1x1 convolution over many pixels reads its images once for every few output channels. Block by
+block of pixels, all output channels are computed while the block is near, and the images come from
+memory once (Goto & van de Geijn 2008, "Anatomy of high-performance matrix multiplication", section
+4, loop 3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from graphc.codegen import core
+from graphc.codegen.kernel import Access, Kernel, Loop
+
+# What is not fetched again must be worth the shorter loops.
+_WORTH = 0.6
+# Of the second cache that a block, or weights, may take.
+_SHARE = 0.55
+
+
+def block_count(
+    kernel: Kernel,
+    operands: Sequence[Access],
+    outer: Sequence[str],
+    counts: Mapping[str, int],
+) -> int:
+    """Into how many equal blocks the innermost of the `outer` loops is cut; 1 for not at all.
+
+    `operands` are those of the main sum, `counts` of each loop are a register tile."""
+    if len(outer) < 2:
+        return 1
+    *around, middle, last = outer
+    images = [a for a in operands if a.stride(last) and not a.stride(middle)]
+    weights = [a for a in operands if a.stride(middle) and not a.stride(last)]
+    if len(images) + len(weights) < len(operands) or kernel.loops[last].ragged:
+        return 1
+
+    def size(accesses: Sequence[Access]) -> float:
+        loops = ({n for n, step in a.strides if step} - {*around} for a in accesses)
+        return sum(4.0 * kernel.trips(names) for names in loops)
+
+    passes = -(-kernel.loops[middle].extent // counts.get(middle, 1))
+    extent, read, again = kernel.loops[last].extent, size(images), size(weights)
+    fewest = math.ceil(read / (_SHARE * core.L2_BYTES))
+    # Weights that fit beside a block are as near.
+    rate = (
+        core.L3_BYTES_PER_CYCLE / core.L2_BYTES_PER_CYCLE if again < _SHARE * core.L2_BYTES else 1.0
+    )
+    for blocks in range(max(2, fewest), extent // (4 * counts.get(last, 1)) + 1):
+        if extent % blocks == 0:
+            cheaper = read + rate * blocks * again < _WORTH * passes * read
+            return blocks if fewest > 1 and cheaper else 1
+    return 1
+
+
+def cut(kernel: Kernel, loop: str, blocks: int) -> tuple[str, str]:
+    """Cut a loop into blocks; returns the loop over the blocks and the one within."""
+    block, inner = f"{loop}b", f"{loop}l"
+    count = kernel.loops.pop(loop).extent // blocks
+    kernel.loops |= {block: Loop(block, blocks), inner: Loop(inner, count)}
+    kernel.substitute({loop: ((block, count), (inner, 1))})
+    return block, inner
