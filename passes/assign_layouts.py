@@ -258,7 +258,11 @@ class _Assign:
         shape = value.sizes
         inner = contraction(node)
         if self.mode == BATCH:
-            return self._lane(0) if self._is_batched(node, value) else ROWS
+            if not self._is_batched(node, value):
+                return ROWS
+            # A weight's gradient sums over the same pixels of all images.
+            patches = inner is not None and inner.op == "patch_transform"
+            return spread(self._lane(0), shape, along=0) if patches else self._lane(0)
         if self.mode == CHANNELS:
             if inner is not None:
                 if inner.op == "conv2d_weight_grad":

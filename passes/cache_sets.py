@@ -21,7 +21,8 @@ _LINES = 5
 def spread(layout: Layout, shape: tuple[int, ...], along: int, itemsize: int = 4) -> Layout:
     """`layout` with the least spare room that spreads neighbours along an axis over the sets.
 
-    The room is behind one or both of the next two axes, at most 3 elements or blocks each."""
+    Of an axis in the lanes, the neighbours are blocks. The room is behind one or both of the next
+    two axes, at most 3 elements or blocks each."""
     axes = range(along + 1, min(along + 3, len(shape)))
     ways = [
         replace(layout, spare=tuple((a, n) for a, n in zip(axes, counts, strict=True) if n))
@@ -34,4 +35,5 @@ def spread(layout: Layout, shape: tuple[int, ...], along: int, itemsize: int = 4
 def _lines(layout: Layout, shape: tuple[int, ...], along: int, itemsize: int) -> int:
     """The most lines in one set, of one line for each place along an axis."""
     step = layout.strides(shape)[along] * itemsize
-    return max(Counter(i * step // _LINE % _SETS for i in range(shape[along])).values(), default=0)
+    places = -(-shape[along] // layout.lanes) if along == layout.lane_axis else shape[along]
+    return max(Counter(i * step // _LINE % _SETS for i in range(places)).values(), default=0)
