@@ -170,8 +170,11 @@ def _placed_within(
     Groups must not move what is computed again, and must go where they make the plan too large, as
     all values of a group live at once."""
     repeat = Rematerialize(limit, backend.seconds, updates_in_place=True)
-    last = "gather_updates" if "gather_updates" in backend.place.names else "schedule"
-    small = backend.place.with_inserted(repeat, after=last)
+    place = backend.place
+    if repeat.name in place.names:
+        place = place.without(repeat.name)
+    last = "gather_updates" if "gather_updates" in place.names else "schedule"
+    small = place.with_inserted(repeat, after=last)
     if "parallelize" not in small.names:
         return small.run(fused, observer=observer)
     planned, records = small.with_options("parallelize", reorder=False).run(
@@ -229,6 +232,7 @@ def _cpu_backend(
 
     start_compiling()
     cores, lanes = threads or available_cores(), cpu_target.host_lanes()
+    seconds = partial(predicted_seconds, lanes=lanes, threads=cores)
     choose, tuner = predicted_best, None
     if tune:
         from graphc.tuning import Tuner
@@ -251,8 +255,8 @@ def _cpu_backend(
         algorithms("cpu", precision, training, choose),
         default_pipeline(),
         cpu_target.lower_graph,
-        memory_pipeline(cores, check),
-        partial(predicted_seconds, lanes=lanes, threads=cores),
+        memory_pipeline(cores, check, seconds if training else None),
+        seconds,
         plan,
         build,
         None if tune else {"cores": cores, "lanes": lanes},
@@ -309,8 +313,12 @@ def default_pipeline(layout: str | None = None, target: str = "cpu") -> Pipeline
     )
 
 
-def memory_pipeline(threads: int, check: bool = False) -> Pipeline:
-    """Order the kernels, group those that go block by block, and place every value, for the CPU."""
+def memory_pipeline(
+    threads: int, check: bool = False, seconds: Callable[[Node], float] | None = None
+) -> Pipeline:
+    """Order the kernels, group those that go block by block, and place every value, for the CPU.
+
+    With predicted `seconds` of regions, a large graph computes again what takes next to no time."""
     from graphc.codegen import core
     from graphc.codegen import target as cpu_target
     from graphc.runtime.cpu import COPY_BYTES
@@ -324,9 +332,15 @@ def memory_pipeline(threads: int, check: bool = False) -> Pipeline:
             # Not all of a group is live at once: a little more than the cache.
             Parallelize(cpu_target.blocks, 3 * core.L2_BYTES // 2, threads),
             *(() if check else (ShareScratch(threads),)),
+            *(() if check or seconds is None else (_spare_memory(seconds),)),
             PlanMemory(updates_in_place=not check, reuse=not check),
         )
     )
+
+
+def _spare_memory(seconds: Callable[[Node], float]) -> Rematerialize:
+    """Half a percent of the time, which nobody can measure, for a tenth of the memory or more."""
+    return Rematerialize(None, seconds, 0.005, from_bytes=64_000_000, updates_in_place=True)
 
 
 def algorithms(

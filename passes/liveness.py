@@ -83,14 +83,14 @@ def storages(
         if workspace:
             name = f"{node.name}.workspace"
             result.append(Storage(name, aligned(workspace), position, position))
-    begin, end = _group_limits(graph, nodes)
+    begin, end = group_limits(graph, nodes)
     for storage in result:
         storage.first = begin.get(storage.first, storage.first)
         storage.last = end.get(storage.last, storage.last)
     return result
 
 
-def _group_limits(graph: Graph, nodes: list[Node]) -> tuple[dict[int, int], dict[int, int]]:
+def group_limits(graph: Graph, nodes: list[Node]) -> tuple[dict[int, int], dict[int, int]]:
     """First and last position of the group that a position belongs to.
 
     A group runs block by block: its first kernel writes its last block after its last kernel has

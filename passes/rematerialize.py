@@ -12,14 +12,21 @@ Memory Cost).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from graphc import errors
 from graphc.ir import SOURCES, Graph, Node, Value, is_view, root
 from passes.base import Pass, note
-from passes.liveness import SizeOf, live_bytes, storage_bytes, storages, updated_in_place
+from passes.liveness import (
+    SizeOf,
+    group_limits,
+    live_bytes,
+    storage_bytes,
+    storages,
+    updated_in_place,
+)
 from passes.plan_memory import place
 
 # An operand of at most this share of the bytes that are freed is kept longer, not computed again.
@@ -55,29 +62,36 @@ class Recomputation:
 class Rematerialize(Pass):
     """Repeat nodes of a graph until its arena has at most `limit` bytes.
 
-    Requires: layouts and the final order, no groups. `seconds(node)` predicts the time of a node.
-    Ensures: results are equal bit for bit, as a repeated region is the same kernel; a graph whose
-    arena fits is left as it is. A repetition has the origin of the first execution with the phase
-    of its reader. `annotations["recomputed"]` is a `Recomputation`. No pass may change the order
-    afterwards.
+    Requires: layouts and the final order. `seconds(node)` predicts the time of a node. Ensures:
+    results are equal bit for bit, as a repeated region is the same kernel; a graph whose arena fits
+    is left as it is. Groups stay together: a region is repeated before the group that reads it. A
+    repetition has the origin of the first execution with the phase of its reader.
+    `annotations["recomputed"]` is a `Recomputation`. No pass may change the order afterwards.
+    Without a limit, where more than `from_bytes` are live at once, repeats what lowers the peak
+    most for the time it takes, in at most `longest` times the time of the step.
     Raises CompileError for a limit out of reach, saying the least that is within reach: that of the
     smallest plan found by repeating until nothing lowers the peak any more, or until repetitions
     would take more than `longest` times the predicted time of the step.
     """
 
-    limit: int
+    limit: int | None
     seconds: Callable[[Node], float]
     longest: float = 1.0
+    from_bytes: int = 0
     size_of: SizeOf = storage_bytes
     updates_in_place: bool = False
 
     def run(self, graph: Graph) -> Graph:
-        seconds = {n.name: self.seconds(n) for n in graph if n.op not in SOURCES and not is_view(n)}
         start = _State(graph, graph.nodes, self.size_of, self.updates_in_place)
-        found = self._reduced(start, self.limit, seconds)
+        if self.limit is None and start.peak <= self.from_bytes:
+            return graph
+        seconds = {n.name: self.seconds(n) for n in graph if n.op not in SOURCES and not is_view(n)}
+        if self.limit is None:
+            return self._finished(start, self._lowest(start, seconds), seconds)
+        found = self._reduced(start, self.limit, self.limit, seconds)
         if found.arena > self.limit:
             # Steps of another size reach another end: the least is what the largest ones reach.
-            found = self._reduced(start, 0, seconds)
+            found = self._reduced(start, self.limit, 0, seconds)
         if found.arena > self.limit:
             raise errors.CompileError(
                 f"memory_limit of {self.limit} bytes: graph {graph.name!r} needs {found.arena} "
@@ -87,12 +101,18 @@ class Rematerialize(Pass):
             )
         return self._finished(start, found, seconds)
 
-    def _reduced(self, state: _State, goal: int, seconds: dict[str, float]) -> _State:
+    def _lowest(self, state: _State, seconds: dict[str, float]) -> _State:
+        """The last state that `longest` allows."""
+        while (following := self._step(state, 0, seconds)) is not None:
+            state = following
+        return state
+
+    def _reduced(self, state: _State, limit: int, goal: int, seconds: dict[str, float]) -> _State:
         """The first state whose arena has at most `limit` bytes, else the one with the smallest."""
         best = state
-        while best.arena > self.limit:
+        while best.arena > limit:
             following = self._step(state, goal, seconds)
-            if following is None or following.share(seconds) > self.longest:
+            if following is None:
                 break
             state = following
             if state.peak < best.arena and state.arena < best.arena:
@@ -100,20 +120,24 @@ class Rematerialize(Pass):
         return best
 
     def _step(self, state: _State, goal: int, seconds: dict[str, float]) -> _State | None:
-        """A state with less at the fullest position and less than that everywhere."""
+        """A state with less at the fullest position and less than that everywhere, of repetitions
+        that take no more than `longest` allows."""
+        left = (self.longest - state.share(seconds)) * sum(seconds.values())
 
-        def worth(candidate: _Candidate) -> float:
-            return candidate.freed / sum(_LAUNCH + seconds[n.name] for n in candidate.nodes)
+        def takes(candidate: _Candidate) -> float:
+            return sum(_LAUNCH + seconds[n.name] for n in candidate.nodes)
 
-        ranked = sorted(state.candidates(), key=worth, reverse=True)
+        ranked = [c for c in state.candidates() if takes(c) <= left]
+        ranked.sort(key=lambda c: c.freed / takes(c), reverse=True)
         chosen: list[_Candidate] = []
         freed = 0
         for candidate in ranked:
             if freed >= max(1, state.peak - goal):
                 break
-            if all(candidate.independent(other) for other in chosen):
+            if takes(candidate) <= left and all(map(candidate.independent, chosen)):
                 chosen.append(candidate)
                 freed += candidate.freed
+                left -= takes(candidate)
         for attempt in (chosen, *([c] for c in ranked)):
             if attempt:
                 following = state.after(attempt)
@@ -214,6 +238,11 @@ class _State:
         return found
 
     @cached_property
+    def groups(self) -> tuple[dict[int, int], dict[int, int]]:
+        """First and last position of the group that a position is in."""
+        return group_limits(self.program, self.nodes)
+
+    @cached_property
     def overwritten(self) -> dict[Value, int]:
         """Where parameters and states take their new value, if that happens in place."""
         if not self.in_place:
@@ -249,16 +278,18 @@ class _State:
 
     def candidates(self) -> Iterator[_Candidate]:
         """What may be repeated so that less is live at the fullest position."""
-        here = self.fullest
+        begin, end = (limits.get(self.fullest, self.fullest) for limits in self.groups)
         idle: dict[int, list[Value]] = {}
         for piece in self.pieces:
-            if piece.first < here < piece.last and piece.values:
-                made = [v for v in piece.values if self.position[v.node.name] <= here]
+            if piece.first < begin and end < piece.last and piece.values:
+                made = [v for v in piece.values if self.position[v.node.name] < begin]
                 readers = self.readers[made[-1]]
-                if here not in readers and max(readers) < len(self.nodes):
+                busy = any(begin <= r <= end for r in readers)
+                if not busy and end < max(readers) < len(self.nodes):
                     idle.setdefault(self.position[made[-1].node.name], []).append(made[-1])
         for execution, values in idle.items():
-            position = min(r for v in values for r in self.readers[v] if r > here)
+            reader = min(r for v in values for r in self.readers[v] if r > end)
+            position = self.groups[0].get(reader, reader)
             freed = sum(self.size_of(v) for v in values)
             found = self._repetition(execution, position, freed)
             if found is not None and found.freed > _LEAST * self.peak:
@@ -267,13 +298,16 @@ class _State:
     def _repetition(self, execution: int, position: int, freed: int) -> _Candidate | None:
         """How to repeat an execution before `position`, repeating also what it needs of the dead.
 
-        None where a parameter has taken its new value, or nothing would be gained."""
+        None where a parameter has taken its new value or what is needed never leaves its group."""
         repeated: dict[int, None] = {}
         held: dict[Value, int] = {}
         needed: set[str] = set()
 
         def visit(number: int) -> bool:
-            for value in dict.fromkeys(map(root, self.nodes[number].inputs)):
+            node = self.nodes[number]
+            if any(v.layout.copies for v in (*node.inputs, *node.outputs)):
+                return False  # memory of one block at a time
+            for value in dict.fromkeys(map(root, node.inputs)):
                 producer = self.position[value.node.name]
                 if value.node.op in SOURCES or "prepared" in value.node.attrs:
                     if self.overwritten.get(value, math.inf) < position:
@@ -324,16 +358,22 @@ class _State:
         for i, node in enumerate(self.order):
             order += added.get(i, ())
             order += () if i in dropped else (node,)
-        order = _useful(order, self.graph.results)
+        grouped = {n for _, names in self.graph.annotations.get("groups", ()) for n in names}
+        order = _useful(order, self.graph.results, grouped)
         return _State(self.graph, order, self.size_of, self.in_place)
 
 
-def _useful(order: Sequence[Node], results: Sequence[Value]) -> list[Node]:
-    """The executions whose values are read before the next one of the same node, and sources."""
+def _useful(
+    order: Sequence[Node], results: Sequence[Value], grouped: Collection[str]
+) -> list[Node]:
+    """The executions whose values are read before the next one of the same node, sources, and the
+    first executions of members of groups."""
+    first = {node.name: i for i, node in reversed(list(enumerate(order)))}
     wanted = {v.node.name for v in results}
     kept = []
-    for node in reversed(order):
-        if node.op in SOURCES or node.name in wanted:
+    for i, node in reversed(list(enumerate(order))):
+        member = node.name in grouped and first[node.name] == i
+        if node.op in SOURCES or member or node.name in wanted:
             wanted.discard(node.name)
             wanted.update(v.node.name for v in node.inputs)
             kept.append(node)

@@ -16,7 +16,7 @@ from random_graphs import arrays, recipes, split
 from test_memory import allow_in_place, run_in_arena, training_graph
 
 import graphc as gc
-from graphc import errors, ops, zoo
+from graphc import compiler, errors, ops, zoo
 from graphc.interpreter import interpret
 from graphc.ir import Graph, Node
 from graphc.runtime.executable import Executable
@@ -142,7 +142,9 @@ NETWORKS: dict[str, tuple[Callable[[], Graph], int]] = {
 }
 
 
-def compiled(graph: Graph, batch: int, limit: int | str | None = None) -> Executable:
+def compiled(
+    graph: Graph, batch: int, limit: int | str | None = None, pipeline: Pipeline | None = None
+) -> Executable:
     return gc.compile(
         graph,
         outputs=["loss"],
@@ -151,6 +153,7 @@ def compiled(graph: Graph, batch: int, limit: int | str | None = None) -> Execut
         optimizer=gc.optim.SGD(0.05, momentum=0.9),
         memory_limit=limit,
         threads=2,
+        pipeline=pipeline,
     )
 
 
@@ -219,6 +222,31 @@ def test_the_refusal_says_where_memory_goes():
     assert text.startswith("memory_limit of 10000 bytes: graph 'lenet5' needs ")
     assert "most is live at " in text and "f32[7,6," in text
     assert text.endswith("use a smaller batch or raise the limit")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n == "resnet" else ()) for n in NETWORKS]
+)
+def test_groups_stay_together_around_what_is_computed_again(name, monkeypatch):
+    """As in large training graphs without a limit, here with as much time as a step to spare."""
+
+    def spare(seconds):
+        return Rematerialize(None, seconds, 1.0, updates_in_place=True)
+
+    plain = trained(name)[0]
+    monkeypatch.setattr(compiler, "_spare_memory", spare)
+    build, batch = NETWORKS[name]
+    small = compiled(build(), batch, pipeline=gc.default_pipeline())  # one that is not kept on disk
+    assert small.memory().recomputed.nodes and small.memory().recomputed.share <= 1
+    assert small.memory().lower_bound < plain.memory().lower_bound
+    groups = [g.graph.annotations["groups"] for g in (plain, small)]
+    assert groups[0] == groups[1]
+    fresh, feeds = compiled(build(), batch), networks.feeds(build(), batch)
+    plain.load_state(fresh.state(True), strict=False)
+    small.memory().plan.check()
+    for _ in range(3):
+        small.poison()
+        np.testing.assert_array_equal(plain.run(feeds)["loss"], small.run(feeds)["loss"])
 
 
 def test_a_checked_executable_has_no_limit():
