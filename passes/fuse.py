@@ -33,6 +33,8 @@ CHEAP = frozenset({"lt", "le", "gt", "ge", "eq", "ne", "logical_not", "cast", "o
 UPDATE = "update"
 # A reduction of fewer elements may as well wait for the whole batch.
 _MANY = 16
+# Operators of a region: expressions are walked recursively, level by level.
+MOST = 64
 # Constants of at most so many elements are known to the code generator (transform matrices).
 KNOWN = 256
 
@@ -197,6 +199,8 @@ class _Fuser:
     def refuse(self, a: str, b: str) -> str:
         """Why two groups cannot be one region, or "" if they can."""
         nodes = [*self.members[a], *self.members[b]]
+        if len(nodes) > MOST:
+            return f"one kernel holds {MOST} operators at most"
         if len({n.origin.phase == UPDATE for n in nodes}) > 1:
             return "the update runs after every use of the old value"
         heavy = [n for n in nodes if n.op in CONTRACTIONS]

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import graphc as gc
+from graphc.codegen.program import plan_launches
 from graphc.ir import Graph, Value
 
 SIZES = (1, 7, 17, 31)
@@ -257,6 +258,23 @@ def test_updates_read_old_values():
     rng = np.random.default_rng(0)
     feeds = {n: rng.standard_normal(g.value(n).shape).astype(np.float32) for n in ("x", "big")}
     compile_checks.assert_same(g, feeds, steps=4, outputs=["y", "old", "twice"])
+
+
+def test_hundreds_of_operators_and_operands():
+    """Expressions are walked recursively: neither is as deep as it is long."""
+    g = Graph("long")
+    x = g.input("x", (5,))
+    h = x
+    for _ in range(130):
+        h = gc.relu(h) + 0.01
+    g.output(h=h)
+    arrays = {"x": np.linspace(-1, 1, 5, dtype=np.float32)}
+    compile_checks.assert_same(g, arrays, outputs=["h"])
+    g = Graph("wide")
+    x = g.input("x", (400,))
+    g.output(y=gc.concat([x[i : i + 1] for i in reversed(range(400))]))
+    (launch,) = plan_launches(gc.default_pipeline().run(g)[0], lanes=8, threads=1)
+    assert launch.call.source.count("select") >= 400
 
 
 def test_integers_and_not_a_number():

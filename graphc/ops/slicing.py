@@ -303,15 +303,23 @@ def _concat_vjp(node: Node, cotangents: Sequence[Value | None]) -> list[Value | 
 
 def _concat_lower(k: Lowering, node: Node, output: int, index: tuple[Index, ...]) -> Expr:
     axis, dtype = node.attrs["axis"], node.types[0].dtype
-    starts = np.cumsum([0, *(v.sizes[axis] for v in node.inputs)])
-    # The last operand is guarded too: no operand is read outside its bounds.
-    result: Expr | float = {"f": 0.0, "i": 0, "b": False}[np.dtype(dtype).kind]
-    for slot in reversed(range(len(node.inputs))):
-        local = index[axis] - int(starts[slot])
-        element = k.read(slot, (*index[:axis], local, *index[axis + 1 :]))
-        result = within(((local, node.inputs[slot].sizes[axis]),), element, result)
-    assert isinstance(result, Expr)
-    return result
+    starts = [0, *map(int, np.cumsum([v.sizes[axis] for v in node.inputs]))]
+    nothing: Expr | float = {"f": 0.0, "i": 0, "b": False}[np.dtype(dtype).kind]
+
+    def choose(low: int, high: int) -> Expr:
+        """The element of one of the operands from `low` to before `high`: a tree, not a chain, so
+        that expressions of hundreds of operands are not hundreds of levels deep."""
+        middle = (low + high) // 2 if high - low > 1 else high
+        local = index[axis] - starts[low]
+        if middle - low == 1:
+            first = k.read(low, (*index[:axis], local, *index[axis + 1 :]))
+        else:
+            first = choose(low, middle)
+        # The last operand is guarded too: no operand is read outside its bounds.
+        rest = choose(middle, high) if middle < high else nothing
+        return within(((local, starts[middle] - starts[low]),), first, rest)
+
+    return choose(0, len(node.inputs))
 
 
 def _concat_samples() -> list[Sample]:
