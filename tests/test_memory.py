@@ -18,6 +18,8 @@ from graphc.ir import SOURCES, Graph, Layout, Value, root
 from graphc.ops import registry
 from passes.autodiff import Autodiff, differentiate
 from passes.base import Pipeline, verify_graph
+from passes.fuse import Fuse
+from passes.gather_updates import GatherUpdates
 from passes.liveness import Storage, live_bytes, peak_bytes, storage_bytes, storages
 from passes.pipeline import BACKWARD, FORWARD
 from passes.plan_memory import MemoryPlan, PlanMemory, place, plan_memory
@@ -203,6 +205,19 @@ def test_updates_wait_for_the_readers_of_the_old_value():
     )
     np.testing.assert_array_equal(outputs["y"], np.arange(8.0))
     np.testing.assert_array_equal(updates["w"], 2 * np.arange(8.0))
+
+
+@pytest.mark.parametrize("optimizer", [optim.SGD(0.1, momentum=0.9), optim.AdamW()])
+def test_updates_of_small_parameters_come_last(optimizer):
+    graph = zoo.mlp([40, 30], (20,), 5)
+    joint, _ = compiler.transform(graph, ["loss"], {"N": 8}, "loss", (), optimizer)
+    before = Schedule(updates_in_place=True).run(Fuse().run(joint))
+    after, _ = Pipeline((GatherUpdates(most_bytes=4000),)).run(before, verify=True)
+    regions = [n for n in after if n.op == "fused"]
+    tail = [n for n in regions if n.origin.phase == "update" and not after.nx.out_degree(n.name)]
+    late = tail[1:]  # the largest gradient, of 30 x 40 elements, is used up at once
+    assert max(v.type.size for v in tail[0].inputs) == 1200 and len(late) == 5
+    assert regions[-5:] == late
 
 
 def test_swapped_parameters_are_not_updated_in_place():

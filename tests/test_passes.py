@@ -485,15 +485,27 @@ def test_groups_go_on_and_recomputed_values_wait():
     second = region(graph, "second", first, transformed)
     with graph.origin(replace(second.node.origin, phase="backward")):
         loss = region(graph, "loss", second)
-        cotangent = region(graph, "cotangent", loss)
-        again = region(graph, "again", first)
+        cotangent = region(graph, "cotangent", region(graph, "delta", loss))
+        again = region(graph, "wide", region(graph, "again", first))
         graph.output(gradient=region(graph, "gradient", cotangent, again))
-    blocks = dict.fromkeys(("first", "second", "loss", "cotangent", "again"), 2)
+    group = ("first", "second", "loss", "delta", "cotangent", "again", "wide")
+    blocks = dict.fromkeys(group, 2)
     after, _ = Pipeline((Parallelize(lambda n: blocks.get(n.name), 0),)).run(graph, verify=True)
     order = [n.name for n in after if n.op == "fused"]
-    group = ("first", "second", "loss", "cotangent", "again")
     assert order == ["transformed", *group, "gradient"]
     assert [names for _, names in after.annotations["groups"]] == [group]
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_cross_entropy_and_its_gradient_are_one_region(classes):
+    graph = Graph("classifier")
+    x, label = graph.input("x", (128, classes)), graph.input("label", (128,), dtype="int32")
+    graph.output(loss=ops.softmax_cross_entropy(x, label))
+    joint, _ = transform(graph, ["loss"], {}, "loss", ["x"])
+    regions = [n for n in Fuse().run(joint) if n.op == "fused"]
+    loss, mean = sorted(regions, key=lambda n: -len(n.outputs))
+    assert [t.shape for t in loss.types] == [(128, 1), (128, classes)]
+    assert "exp" not in compute(mean.attrs["body"])
 
 
 def test_explicit_modes_stay():

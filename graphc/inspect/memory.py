@@ -24,8 +24,9 @@ class MemoryReport:
     alone), state_bytes (running statistics, optimizer), input_bytes, constant_bytes: outside the
     arena, for as long as the executable lives.
     plan: the `MemoryPlan`, with every value's offset and lifetime (`plan.lifetimes`).
-    recomputed: what `memory_limit` made a step compute again and the time that is predicted to
-    take (`passes.rematerialize.Recomputation`); None if the plan fitted as it was.
+    recomputed: what a step computes again for the sake of memory and the time that is predicted to
+    take (`passes.rematerialize.Recomputation`), in large training graphs or under `memory_limit`;
+    None if nothing.
     """
 
     arena_bytes: int
