@@ -13,7 +13,7 @@ import graphc as gc
 from graphc import errors, zoo
 from graphc.codegen.cuda_program import CudaStep, plan_steps
 from graphc.compiler import default_pipeline, transform
-from graphc.inspect import cuda_report
+from graphc.inspect import cuda_report, cuda_sass
 from graphc.inspect.cuda_report import CAPABILITIES, StaticReport, report, report_steps
 from graphc.inspect.work import kernel_flops
 from graphc.ir import Graph
@@ -63,10 +63,10 @@ def test_resources_are_read():
 
 
 def test_the_hot_loop_is_the_innermost_with_the_most_arithmetic():
-    instructions, labels = cuda_report.parse_instructions(SASS)
+    instructions, labels = cuda_sass.parse_instructions(SASS)
     assert [i.kind for i in instructions][:2] == ["IMAD", "LDG"]
-    assert cuda_report.innermost_loops(instructions, labels) == [(2, 8)]
-    loop = cuda_report.hot_loop(instructions, labels)
+    assert cuda_sass.innermost_loops(instructions, labels) == [(2, 8)]
+    loop = cuda_sass.hot_loop(instructions, labels)
     assert loop is not None and loop.instructions == 7
     assert dict(loop.mix) == {"LDGSTS": 2, "LDS": 1, "FFMA": 2, "HMMA": 1, "BRA": 1}
     assert loop.share("FFMA") == pytest.approx(2 / 7)
@@ -75,7 +75,7 @@ def test_the_hot_loop_is_the_innermost_with_the_most_arithmetic():
 
 
 def test_a_kernel_without_loops_has_no_hot_loop():
-    assert cuda_report.hot_loop(*cuda_report.parse_instructions("/*0000*/ EXIT ;")) is None
+    assert cuda_sass.hot_loop(*cuda_sass.parse_instructions("/*0000*/ EXIT ;")) is None
 
 
 @pytest.mark.parametrize(
