@@ -12,8 +12,7 @@ import numpy as np
 from graphc import errors
 from graphc.ir import Node, TensorType, Value
 from graphc.ops.broadcast import same_dtype
-from graphc.ops.elementwise import add, mul, rsqrt, square, sub
-from graphc.ops.reduce import mean
+from graphc.ops.elementwise import add, div, mul, rsqrt, square, sub
 from graphc.ops.reduce import sum as reduce_sum
 from graphc.ops.registry import Attrs, OpDef, Sample, apply, lift, register
 from graphc.ops.shape import reshape
@@ -116,12 +115,18 @@ def _statistics(x: Value) -> tuple[Value, Value]:
     pixels = _axes(x.rank)[1:]
     each, within = x, None
     if pixels:
-        each = mean(x, axis=pixels, keepdims=True)
-        within = mean(square(sub(x, each)), axis=pixels, keepdims=True)
-    mu = mean(each, axis=0, keepdims=True)
+        each = _mean(x, pixels)
+        within = _mean(square(sub(x, each)), pixels)
+    mu = _mean(each, (0,))
     between = square(sub(each, mu))
     spread = between if within is None else add(within, between)
-    return mu, mean(spread, axis=0, keepdims=True)
+    return mu, _mean(spread, (0,))
+
+
+def _mean(x: Value, axes: tuple[int, ...]) -> Value:
+    """The mean over axes, which stay as 1, in the operators that `mean` is made of: what batch norm
+    decomposes into has no more parts."""
+    return div(reduce_sum(x, axis=axes, keepdims=True), float(math.prod(x.sizes[a] for a in axes)))
 
 
 def _channel_sum(x: Value) -> Value:

@@ -46,7 +46,7 @@ class CpuExecutable(Executable):
         self._arena = Arena(max(ALIGNMENT, self.plan.arena_bytes))
         self._build_tables(progress)
         self._prepare_inputs()
-        self._initialise()
+        self._initialise(threads)
 
     # ---- memory
 

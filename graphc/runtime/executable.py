@@ -6,12 +6,13 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from graphc import errors
+from graphc import errors, init
 from graphc.init import materialise
 from graphc.interpreter import interpret
 from graphc.ir import Graph, Node
@@ -204,9 +205,21 @@ class Executable(ABC):
         self.last_profile = profile(native, {**(inputs or {}), **named}, runs)
         return self.last_profile
 
-    def _initialise(self) -> None:
-        for name, node in self.state_nodes.items():
-            self._write(name, materialise(node, self.seed))
+    def _initialise(self, threads: int = 1) -> None:
+        """Fill parameters and states. Drawing millions of numbers is most of a warm start: graphc's
+        own initialisers do it in threads, each parameter has random numbers of its own."""
+
+        def fill(name: str) -> None:
+            self._write(name, materialise(self.state_nodes[name], self.seed))
+
+        inits = {name: node.attrs.get("init") for name, node in self.state_nodes.items()}
+        drawn = [name for name, start in inits.items() if type(start).__module__ == init.__name__]
+        own = set(drawn)
+        for name in inits:
+            if name not in own:
+                fill(name)
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(fill, drawn))  # raises what a thread has raised
 
 
 def _ignored(name: str) -> bool:
