@@ -328,6 +328,8 @@ def test_who_wants_to_see_passes_sees_them(
     assert key(network("seen"))
     with caplog.at_level(logging.INFO, "graphc.fusion"):
         assert key(network("seen")) is None
+    with caplog.at_level(logging.INFO):  # of the user's whole program
+        assert key(network("seen"))
     monkeypatch.setenv("GRAPHC_VERIFY", "1")
     assert key(network("seen")) is None
     monkeypatch.delenv("GRAPHC_VERIFY")

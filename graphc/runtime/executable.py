@@ -43,7 +43,7 @@ class Executable(ABC):
             name: (value.sizes, np.dtype(value.dtype)) for name, value in graph.outputs.items()
         }
         self.state_nodes: dict[str, Node] = {**graph.parameters, **graph.states}
-        self.records: tuple[Any, ...] = ()
+        self.records: tuple[Any, ...] = ()  # of the passes, when they ran
         self.tuning: Tuning | None = None  # what `tune=True` measured
         # Runs the passes once more for an observer of (record, graph): cheaper than to keep every
         # graph.

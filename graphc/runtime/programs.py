@@ -36,8 +36,8 @@ from graphc.text import freeze
 
 log = logging.getLogger("graphc.cache")
 
-# Who listens to these wants passes to run.
-_TOLD: Final = ("graphc.passes", "graphc.fusion", "graphc.memory")
+# Who asks for these wants passes to run.
+_TOLD: Final = ("graphc", "graphc.passes", "graphc.fusion", "graphc.memory")
 _ROOT: Final = Path(__file__).parents[2]
 _PROTOCOL: Final = 5
 _PLAIN: Final = (bool, int, float, str, type(None), TensorType, np.ndarray)
@@ -54,8 +54,9 @@ class Program(NamedTuple):
 class ProgramFile:
     """Where the program is kept that `options` make of a graph, compiled from the line `here`.
 
-    `key` is None where it is not kept: the cache is off, someone listens to the passes or has them
-    verified, or the program depends on code that is not graphc's (operators, optimizers)."""
+    `key` is None where it is not kept: the cache is off, a level of graphc's loggers asks for what
+    passes tell, or GRAPHC_VERIFY to verify them, or the program depends on code that is not
+    graphc's (operators, optimizers)."""
 
     def __init__(self, declared: Graph, here: Origin, options: Mapping[str, Any]):
         self._declared = declared
@@ -89,7 +90,7 @@ class ProgramFile:
         optimizer = options.get("optimizer")
         if (
             default_cache().folder is None
-            or any(logging.getLogger(name).isEnabledFor(logging.INFO) for name in _TOLD)
+            or any(0 < logging.getLogger(name).level <= logging.INFO for name in _TOLD)
             or os.environ.get("GRAPHC_VERIFY") == "1"
             or (optimizer is not None and type(optimizer).__module__ != optim.__name__)
             or any(known.get(name) is not op for name, op in OPERATORS.items())
