@@ -14,18 +14,17 @@ from graphc.codegen.kernel import Access, Ahead, Kernel
 
 LINE = core.LINE_BYTES // 4  # elements of four bytes
 # More tiles than this to a panel hardly wait for it.
-_TILES = 8
+_TILES = 16
 
 
 def read_ahead(
     kernel: Kernel,
     operands: Iterable[Access],
-    loops: Sequence[str],
     lane: str | None,
     counts: Mapping[str, int],
     order: Sequence[str],
 ) -> tuple[Ahead, ...]:
-    """Vectors among the operands of a sum over `loops` whose next panel lies elsewhere in memory.
+    """Vectors among the operands of a sum that several tiles read before they go on.
 
     `order`: loops around the sum that one thread runs, `counts` of which are a register tile."""
     if len(order) < 2 or lane is None:
@@ -38,11 +37,10 @@ def read_ahead(
     for access in operands:
         step = access.stride(outside)
         everything = sum(s * (kernel.loops[n].extent - 1) for n, s in access.strides)
-        panel = sum(access.stride(n) * (kernel.loops[n].extent - 1) for n in (*loops, lane)) + 1
         if (
             access.stride(lane) == 1
             and not access.stride(inside)
-            and step > panel
+            and step
             and 4 * everything > core.L2_BYTES  # what stays there needs no help
         ):
             found.append(Ahead(access.buffer, inside, step * counts.get(outside, 1)))

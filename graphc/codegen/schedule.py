@@ -11,7 +11,7 @@ import itertools
 import math
 
 from graphc.codegen import cache_blocks, core, parts
-from graphc.codegen.kernel import Access, Ahead, Kernel, Loop, Schedule, expressions
+from graphc.codegen.kernel import Access, Kernel, Loop, Schedule, expressions
 from graphc.codegen.read_ahead import read_ahead
 from graphc.codegen.reductions import known_factor
 from graphc.codegen.tile_cost import Tile, TileCost, all_bytes
@@ -77,7 +77,7 @@ def rank_schedules(
                 around = outside
             else:
                 order = (*outer[:first], *outside, *outer[first:])
-        ahead = _ahead(kernel, lane, counts, order[shared:])
+        ahead = read_ahead(kernel, _operands(kernel), lane, counts, order[shared:])
         schedules.append(Schedule(lane, tile, order, shared, around, not ends, ahead))
     return schedules
 
@@ -104,16 +104,6 @@ def _operands(kernel: Kernel) -> list[Access]:
     """The memory accesses behind the product of the main sum, none if there is none."""
     main = _main_reduction(kernel)
     return [a for factor in _factors(main) for a in _operand(factor)] if main else []
-
-
-def _ahead(
-    kernel: Kernel, lane: str | None, counts: dict[str, int], order: tuple[str, ...]
-) -> tuple[Ahead, ...]:
-    """What the main sum reads ahead, `order` being the loops around it that one thread runs."""
-    main = _main_reduction(kernel)
-    if main is None:
-        return ()
-    return read_ahead(kernel, _operands(kernel), main.attributes["loops"], lane, counts, order)
 
 
 def _around_all(

@@ -1,5 +1,7 @@
 """Arenas: the memory that a program's values live in, at offsets that the memory plan gives."""
 
+import contextlib
+import mmap
 from typing import Final
 
 import numpy as np
@@ -9,12 +11,25 @@ from graphc.ir import SOURCES, Graph, Value, block_bytes
 
 CACHE_LINE: Final = 64
 PAGE: Final = 4096
+HUGE_PAGE: Final = 1 << 21
+LARGE: Final = 1 << 20
 SLACK: Final = 256  # bytes at both ends that kernels may read, or write as padding
 
 
 def aligned_zeros(nbytes: int, alignment: int = CACHE_LINE) -> np.ndarray:
-    """uint8[nbytes] of zeros whose address is a multiple of `alignment`, a power of two."""
-    memory = np.zeros(nbytes + alignment, np.uint8)
+    """uint8[nbytes] of zeros whose address is a multiple of `alignment`, a power of two.
+
+    From 1 MiB on they lie in huge pages where the system has them: transformed weights of tens of
+    megabytes would miss the TLB at every panel."""
+    if nbytes < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        memory = np.zeros(nbytes + alignment, np.uint8)
+    else:
+        alignment = max(alignment, HUGE_PAGE)
+        size = -(-nbytes // alignment) * alignment + alignment
+        pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        memory = np.frombuffer(pages, np.uint8)
     start = -memory.ctypes.data % alignment
     return memory[start : start + nbytes]
 
@@ -32,7 +47,7 @@ def source_offsets(graph: Graph) -> tuple[dict[Value, int], int]:
 
 
 class Arena:
-    """`nbytes` of zeroed memory, aligned to 64 bytes, or to 4096 from 1 MiB on.
+    """`nbytes` of zeroed memory, aligned to 64 bytes, or to 4096 and in huge pages from 1 MiB on.
 
     256 bytes more at each end belong to the arena: a kernel may load a whole vector across the
     end of a value. The system provides pages when they are first touched.
@@ -42,7 +57,7 @@ class Arena:
         if nbytes < 0:
             raise ValueError(f"an arena cannot have {nbytes} bytes")
         self.nbytes = nbytes
-        alignment = PAGE if nbytes >= 1 << 20 else CACHE_LINE
+        alignment = PAGE if nbytes >= LARGE else CACHE_LINE
         slack = -(-SLACK // alignment) * alignment
         self._memory = aligned_zeros(nbytes + 2 * slack, alignment)
         self._bytes = self._memory[slack : slack + nbytes]
