@@ -9,7 +9,8 @@ WORKERS ?= auto
 VENV    := .venv
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
-PYTEST  := $(BIN)/python -m pytest
+# A file's tests stay in one process: they share what they compile.
+PYTEST  := $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test test-slow lint format bench pictures clean
 .DEFAULT_GOAL := demo
@@ -18,13 +19,12 @@ demo: $(VENV)/.demo
 	$(BIN)/graphc train lenet --out out/demo
 	$(BIN)/graphc predict out/demo/lenet.safetensors --digits 8
 
-# A file's tests stay in one process: they share what they compile.
 test: $(VENV)/.test
-	$(PYTEST) -q -m "not slow" -n $(WORKERS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 # pytest's exit status 5 says that no test is marked slow.
 test-slow: $(VENV)/.test
-	$(PYTEST) -q -m slow $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(PYTEST) -m slow $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
