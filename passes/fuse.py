@@ -298,23 +298,32 @@ class _Fuser:
     def path_outside(self, a: str, b: str) -> bool:
         """Whether a path leaves the union of two groups and comes back.
 
-        Fusing would make a cycle."""
-        last = max(self.last[a], self.last[b])
-        near = (reader for g in (a, b) for reader in self.readers(g) if self.first[reader] <= last)
-        seen = {*near} - {a, b}
-        stack = [*seen]
-        while stack:
-            for reader in self.readers(stack.pop()):
-                if reader in (a, b):
-                    return True
-                if reader not in seen and self.first[reader] <= last:
-                    seen.add(reader)
-                    stack.append(reader)
-        return False
+        Fusing would make a cycle. Searched from both ends, and over when one of them has nowhere to
+        go: what the backward pass reads of a layer has thousands of groups on its one side, and few
+        on the other. Groups that begin after the union's end are not in any group's way to it, as
+        consumers are merged in order."""
+        union, last = {a, b}, max(self.last[a], self.last[b])
+        front = {g for g in self.readers(a) | self.readers(b) if self.first[g] <= last} - union
+        back = (self.producers(a) | self.producers(b)) - union if front else set()
+        reached, needed = set(front), set(back)
+        while front and back and reached.isdisjoint(needed):
+            if len(reached) < len(needed):
+                found = {r for g in front for r in self.readers(g) if self.first[r] <= last}
+                front = found - reached - union
+                reached |= front
+            else:
+                back = {p for g in back for p in self.producers(g)} - needed - union
+                needed |= back
+        return not reached.isdisjoint(needed)
 
     def readers(self, group: str) -> set[str]:
         """The groups that read a group's values, itself included if it does."""
         return {self.group[name] for name in self.reading[group]}
+
+    def producers(self, group: str) -> set[str]:
+        """The groups whose values a group reads, itself included if it does."""
+        sources = (s.name for n in self.members[group] for _, s in self.sources[n.name])
+        return {self.group[name] for name in sources if name in self.group}
 
     def _readers(self, value: Value) -> frozenset[str]:
         names: set[str] = set()
