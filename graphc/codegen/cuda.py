@@ -5,8 +5,8 @@ The interface between code generation and runtime, and between the renderers:
 - A renderer is a function `render(kernel, precision) -> Rendering | None`. It turns one
   `graphc.codegen.kernel.Kernel`, all of whose buffers are row-major (layouts with lanes are the
   CPU's), into one launch or several that run one after the other in one stream; None says that it
-  has nothing better to offer for this kernel. `RENDERERS` lists them; the first that answers wins,
-  answers wins, and the last, `cuda_generic.render`, renders everything. The kernel is a copy.
+  has nothing better to offer for this kernel. `cuda_program.RENDERERS` lists them; the first
+  that answers wins, and the last, `cuda_generic.render`, renders everything. The kernel is a copy.
 - A launch holds the text of a Python module that defines `kernel`, a plain function in the words of
   `graphc.codegen.cuda_vocabulary` (and of `numba.cuda`, which sources import from
   `graphc.codegen.numba_cuda`, the only module that imports it). The text depends on nothing but
