@@ -232,6 +232,14 @@ def test_both_renderers_agree_in_every_launch_of_a_split_sum():
     assert cuda_generic.render(kernel.copy(), "float32").workspace == 0
 
 
+def test_a_pool_leaves_a_convolution_its_tiles():
+    """On the CPU a pool whose windows do not overlap is part of the convolution's kernel."""
+    graph = convolution((8, 16, 32, 32), (32, 16, 3, 3), padding=1)
+    graph.output(y=gc.max_pool2d(graph.outputs["y"], 2))
+    (node,) = [n for n in regions(graph) if n.attrs["kind"] == "conv2d"]
+    assert cuda_contraction.render(lower_node(node), "float32") is not None
+
+
 @pytest.mark.parametrize("stride, padding", [(1, 1), (2, 1), ((2, 3), 2)])
 def test_no_windows_are_checked(stride, padding):
     """All that the sum of a data gradient runs over exists; a stride checks taps, of its weight."""
