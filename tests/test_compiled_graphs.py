@@ -260,6 +260,16 @@ def test_updates_read_old_values():
     compile_checks.assert_same(g, feeds, steps=4, outputs=["y", "old", "twice"])
 
 
+def test_a_sum_of_all_beside_sums_of_rows():
+    """One kernel holds both; the loop over the rows is no pooling window of the sum of all."""
+    g = Graph("sums")
+    x = g.input("x", (1, 3, 1, 17))
+    h = gc.softmax(x, -1)
+    g.output(loss=gc.mean(gc.tanh(gc.mul(h, h))) + gc.mean(gc.tanh(x)))
+    arrays = np.random.default_rng(0).standard_normal((1, 3, 1, 17)).astype(np.float32)
+    compile_checks.assert_same(g, {"x": arrays}, outputs=["loss"], loss="loss", gradients=["x"])
+
+
 def test_hundreds_of_operators_and_operands():
     """Expressions are walked recursively: neither is as deep as it is long."""
     g = Graph("long")

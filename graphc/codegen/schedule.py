@@ -301,15 +301,17 @@ def _factors(reduction: Expr) -> tuple[Expr, ...]:
 
 
 def _windows(kernel: Kernel, main: Expr) -> tuple[str, ...]:
-    """Loops of reductions around the main one (pooling over a convolution): unrolled whole."""
+    """Loops of reductions around the main one (pooling over a convolution): unrolled whole.
+
+    A reduction that runs over other loops too, such as a sum of everything beside the main one, is
+    a loop of its own."""
     inner = kernel.free(main)
     return tuple(
         dict.fromkeys(
             n
             for e in kernel.expressions()
-            if e.op == "reduce" and e is not main
+            if e.op == "reduce" and e is not main and inner.issuperset(e.attributes["loops"])
             for n in e.attributes["loops"]
-            if n in inner
         )
     )
 
