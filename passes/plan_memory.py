@@ -196,6 +196,7 @@ def place(pieces: Sequence[Storage], live: Sequence[int]) -> list[int]:
     if not pieces:
         return []
     bound = max(live)
+    enough = bound + bound // 1000  # what is left to gain is not worth the time
     breadth = [max(live[p.first : p.last + 1]) for p in pieces]
     orders: list[Callable[[int], tuple]] = [
         lambda i: (-pieces[i].size, pieces[i].first - pieces[i].last, i),
@@ -209,7 +210,7 @@ def place(pieces: Sequence[Storage], live: Sequence[int]) -> list[int]:
     for key in orders[:tries]:
         order = sorted(range(len(pieces)), key=key)
         offsets, size = _best_fit(pieces, order)
-        if size == bound:
+        if size <= enough:
             return offsets
         tried.append((size, len(tried), order, offsets))
     tries -= len(tried)
@@ -225,7 +226,7 @@ def place(pieces: Sequence[Storage], live: Sequence[int]) -> list[int]:
             offsets, size = _best_fit(pieces, order)
             if size < best_size:
                 best, best_size = offsets, size
-            if size == bound:
+            if size <= enough:
                 return best
     return best
 
