@@ -211,6 +211,8 @@ class _Fuser:
             return "padding writes around a contraction's register tile"
         if heavy and any(n.op == "max_unpool2d" for n in nodes):
             return "unpooling reads each element of a contraction several times"
+        if any(n.op == "pad" for n in nodes) and (reason := self.pads_reduced(nodes)):
+            return reason
         for node in nodes:
             other = b if self.group[node.name] == a else a
             for value, source in self.sources[node.name]:
@@ -250,6 +252,17 @@ class _Fuser:
             return reason
         if self.path_outside(a, b):
             return "another kernel between them needs the one and feeds the other"
+        return ""
+
+    def pads_reduced(self, nodes: list[Node]) -> str:
+        """Why nodes, in order, cannot be one region, or "": one pads what another has reduced."""
+        reduced: set[str] = set()  # reductions, and what depends on them
+        for node in nodes:
+            late = [source for _, source in self.sources[node.name] if source.name in reduced]
+            if late and node.op == "pad":
+                return f"{late[0].name!r} would be reduced again for each element padded"
+            if late or node.op in REDUCTIONS:
+                reduced.add(node.name)
         return ""
 
     def shapes_differ(self, nodes: list[Node], results: list[Value]) -> str:

@@ -270,6 +270,16 @@ def test_a_sum_of_all_beside_sums_of_rows():
     compile_checks.assert_same(g, {"x": arrays}, outputs=["loss"], loss="loss", gradients=["x"])
 
 
+def test_padded_means():
+    """The loops that pad and those that sum have one name: they are no loops of one kernel."""
+    g = Graph("padded")
+    x = g.input("x", (1, 3, 1, 1))
+    mean = gc.mean(x, (0, 1, 2, 3), keepdims=True)
+    g.output(y=gc.pad(mean, [(0, 0), (0, 0), (1, 1), (1, 1)]), z=gc.tanh(mean))
+    arrays = np.random.default_rng(0).standard_normal((1, 3, 1, 1)).astype(np.float32)
+    compile_checks.assert_same(g, {"x": arrays}, outputs=["y", "z"])
+
+
 def test_hundreds_of_operators_and_operands():
     """Expressions are walked recursively: neither is as deep as it is long."""
     g = Graph("long")
