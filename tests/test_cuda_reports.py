@@ -213,7 +213,7 @@ def test_every_kernel_of_a_training_step(network, batch, precision):
             for number, found in enumerate(reports):
                 if text := check_resources(found):
                     wrong[f"{name} {number} for {capability}"] = text
-            if kernel_flops(step.kernel) < LARGE or not is_product(step):
+            if kernel_flops(step.kernel, step.node) < LARGE or not is_product(step):
                 continue
             large += 1
             loop = reports[0].loop

@@ -110,7 +110,26 @@ def test_operations_outside_the_image_do_not_count():
     )
     conv = next(launch for launch in exe.launches if launch.node.attrs["kind"] == "conv2d")
     # Of 5 * 5 * 3 * 3 taps, those of the outer columns and rows fall on (3 * 5 - 2) ** 2 elements.
-    assert kernel_flops(conv.kernel) == 2 * (3 * 5 - 2) ** 2
+    assert kernel_flops(conv.kernel, conv.node) == 2 * (3 * 5 - 2) ** 2
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_blocks_in_scratch_memory_count_each(images):
+    """Values of a group lie at the same addresses for every image."""
+    g = gc.Graph("group")
+    h = g.input("x", ("N", 8, 12, 12))
+    for name in ("one", "two", "three"):
+        h = gc.relu(gc.nn.conv2d(h, 8, 3, padding=1, bias=False, name=name))
+    g.output(y=h)
+    exe = gc.compile(g, outputs=["y"], dims={"N": images}, threads=1, precision="strict")
+    scratch = any(v.layout.copies for row in exe.launches for v in row.node.outputs)
+    assert scratch == (images > 1)
+    work = {i.name: i for i in exe.kernels() if i.kind == "conv2d"}
+    assert len(work) == 3
+    for info in work.values():
+        least = 2 * images * 8 * 8 * 9 * 12 * 12
+        assert least <= info.flops <= least + 2 * images * 8 * 12 * 12
+        assert info.bytes >= 4 * images * 8 * (12 + 2) * 12
 
 
 def test_the_last_block_counts_as_it_is():

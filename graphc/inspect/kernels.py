@@ -62,7 +62,7 @@ def region_fields(node: Node, kernel: Kernel) -> dict[str, Any]:
         "layer": node.origin.layer,
         "layers": _layers(node),
         "prepared": "prepared" in node.attrs,
-        "flops": kernel_flops(kernel),
+        "flops": kernel_flops(kernel, node),
         "bytes": kernel_bytes(kernel, node),
     }
 

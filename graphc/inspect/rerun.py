@@ -47,8 +47,8 @@ def runnable_source(launch: Launch) -> str:
         "        ],",
         f"        numbers={tuple(launch.call.numbers)!r},",
         f"        blocks={launch.blocks},",
-        f"        flops={kernel_flops(launch.kernel)},",
-        f"        nbytes={kernel_bytes(launch.kernel, launch.node)},",
+        f"        flops={kernel_flops(launch.kernel, node)},",
+        f"        nbytes={kernel_bytes(launch.kernel, node)},",
         "    )\n",
     ]
     return "\n".join(lines)

@@ -8,7 +8,7 @@ that are zero by construction (outside a padded image, zeros of a transform's ma
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -39,9 +39,10 @@ def points(kernel: Kernel, loops: Iterable[str]) -> int:
     return count
 
 
-def kernel_flops(kernel: Kernel) -> int:
+def kernel_flops(kernel: Kernel, node: Node) -> int:
     """Floating-point operations of one launch, each value counted once where it is known first."""
     total = 0.0
+    loops = _loops_of(kernel, node)
     terms: dict[int, float] = {}
     for e in kernel.expressions():
         if e.op == "reduce":
@@ -52,11 +53,29 @@ def kernel_flops(kernel: Kernel) -> int:
             terms[id(body)] = terms[id(e.args[0])]
     for e in kernel.expressions():
         if e.op == "reduce":
-            total += points(kernel, kernel.free(e.args[0])) * terms[id(e.args[0])]
+            total += points(kernel, loops(e.args[0])) * terms[id(e.args[0])]
         elif e.op in FUNCTIONS and e.op not in _FREE and e.dtype.startswith("float"):
             weight = 2 if e.op == "fma" else 1
-            total += points(kernel, kernel.free(e)) * weight * terms.get(id(e), 1.0)
+            total += points(kernel, loops(e)) * weight * terms.get(id(e), 1.0)
     return round(total)
+
+
+def _loops_of(kernel: Kernel, node: Node) -> Callable[[Expr], frozenset[str]]:
+    """The loops that the value of an expression depends on. Scratch memory holds another block's
+    values in each iteration of the first loop, at the same addresses."""
+    scratch = _scratch(node)
+    blocks = frozenset(kernel.outer[:1] if scratch else ())
+    reads: set[int] = set()
+    for e in kernel.expressions():  # operands first
+        own = e.op == "load" and e.attributes["access"].buffer in scratch
+        if own or any(id(arg) in reads for arg in e.args):
+            reads.add(id(e))
+    return lambda e: kernel.free(e) | blocks if id(e) in reads else kernel.free(e)
+
+
+def _scratch(node: Node) -> set[int]:
+    """The buffers of a region that hold one block of the batch for each thread."""
+    return {i for i, v in enumerate((*node.inputs, *node.outputs)) if v.layout.copies}
 
 
 def _present(kernel: Kernel, reduction: Expr) -> float:
@@ -102,11 +121,12 @@ def kernel_bytes(kernel: Kernel, node: Node) -> int:
             touched.setdefault(e.attributes["access"].buffer, set()).add(e.attributes["access"])
     for store in kernel.stores:
         touched.setdefault(store.access.buffer, set()).add(store.access)
-    total = 0
+    total, scratch = 0, _scratch(node)
     for buffer, accesses in touched.items():
         value = values[buffer]
+        blocks = kernel.loops[kernel.outer[0]].extent if buffer in scratch else 1
         elements = sum(points(kernel, (n for n, s in a.strides if s)) for a in accesses)
-        total += min(elements * value.type.itemsize, stored_bytes(value))
+        total += blocks * min(elements * value.type.itemsize, stored_bytes(value))
     return total
 
 
@@ -151,6 +171,6 @@ def predicted_seconds(node: Node, lanes: int, threads: int) -> float:
     Good for comparing kernels, and for shares of a step; the machine's own figures are in
     `graphc.bench.machine`."""
     kernel = lower_node(node)
-    arithmetic = kernel_flops(kernel) / (2 * core.MULTIPLY_ADDS_PER_CYCLE * lanes)
+    arithmetic = kernel_flops(kernel, node) / (2 * core.MULTIPLY_ADDS_PER_CYCLE * lanes)
     memory = kernel_bytes(kernel, node) / core.L3_BYTES_PER_CYCLE
     return max(arithmetic, memory) / (core.CLOCK * threads)
