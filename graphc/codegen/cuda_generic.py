@@ -293,8 +293,7 @@ class CudaEmitter(ReductionEmitter):
         together = self._together(expr, scope, scope)
         accumulators = [self._start(member, scope) for member in together]
         inner = self._shared_loop(scope, loops)
-        for member, names in zip(together, accumulators, strict=True):
-            self._accumulate(member, names, inner)
+        self._accumulate_all(together, accumulators, inner)
         self.close(inner, scope)
         kind = "warp" if self.plan.group == WARP else "block"
         for member, partial in zip(together, accumulators, strict=True):

@@ -30,6 +30,7 @@ class ReductionEmitter(Emitter):
         super().__init__(kernel, schedule, lanes)
         self.reduces = [e for e in kernel.expressions() if e.op == "reduce"]
         self.depends = {id(r): _reduces_below(r) for r in self.reduces}
+        self.unfinished: set[int] = set()  # reductions whose loops are open
 
     def _together(self, first: Expr, home: Scope, scope: Scope) -> list[Expr]:
         """Reductions that can share the loops of `first`."""
@@ -44,11 +45,11 @@ class ReductionEmitter(Emitter):
                 same = self.home(self.kernel.free(other), scope) is home
             except AssertionError:
                 continue
+            needs = self.depends[id(other)]
             free_of_group = all(
-                id(m) not in self.depends[id(other)] and id(other) not in self.depends[id(m)]
-                for m in group
+                id(m) not in needs and id(other) not in self.depends[id(m)] for m in group
             )
-            if same and free_of_group:
+            if same and free_of_group and not needs & self.unfinished:
                 group.append(other)
         return group
 
@@ -64,8 +65,7 @@ class ReductionEmitter(Emitter):
         inner = self.open_loops(scope, plain[: len(plain) - len(written)], clips)
         self._read_ahead(expr, plain, inner)
         for step in self._written_out(inner, written[0]) if written else [inner]:
-            for member, names in zip(group, accumulators, strict=True):
-                self._accumulate(member, names, step)
+            self._accumulate_all(group, accumulators, step)
             self.close(step, inner)
         self.close(inner, scope)
         for member, names in zip(group, accumulators, strict=True):
@@ -161,6 +161,13 @@ class ReductionEmitter(Emitter):
             step = Scope(scope, scope.bound | {loop}, scope.depth)
             step.add(f"{loop} = {position}")
             yield step
+
+    def _accumulate_all(self, group: list[Expr], names: list[list[Var]], scope: Scope) -> None:
+        """One iteration of the loops that reductions share."""
+        self.unfinished |= {id(member) for member in group}
+        for member, own in zip(group, names, strict=True):
+            self._accumulate(member, own, scope)
+        self.unfinished -= {id(member) for member in group}
 
     def _accumulate(self, expr: Expr, names: list[Var], scope: Scope) -> None:
         body, axes, combine = expr.args[0], self.axes(expr), expr.attributes["combine"]
