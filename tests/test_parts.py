@@ -94,3 +94,17 @@ def test_pixels_in_blocks(channels, threads):
     (launch,) = [one for one in exe.launches if one.node.name == "conv"]
     assert launch.schedule.order[-1].endswith("l")
     agrees(exe, g, (2, channels, 56, 56), 1e-5)
+
+
+@pytest.mark.parametrize("threads", (1, 2))
+@pytest.mark.parametrize("columns", (1003, 1024))
+def test_wide_products(columns, threads):
+    """Their innermost loop runs over vectors, the last of which may be short."""
+    g = gc.Graph("wide")
+    a, b = g.input("a", (64, 2048)), g.input("b", (2048, columns))
+    g.output(y=gc.relu(a @ b))
+    rng = np.random.default_rng(0)
+    left, right = (rng.standard_normal(n, np.float32) for n in ((64, 2048), (2048, columns)))
+    got = gc.compile(g, outputs=["y"], threads=threads)(a=left, b=right)["y"]
+    expected = np.maximum(left.astype(np.float64) @ right, 0)
+    assert np.abs(got - expected).max() < 1e-5 * expected.max()

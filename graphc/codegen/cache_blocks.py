@@ -34,7 +34,8 @@ def block_count(
     *around, middle, last = outer
     images = [a for a in operands if a.stride(last) and not a.stride(middle)]
     weights = [a for a in operands if a.stride(middle) and not a.stride(last)]
-    if len(images) + len(weights) < len(operands) or kernel.loops[last].ragged:
+    ragged = any(loop.ragged and last in (name, loop.block) for name, loop in kernel.loops.items())
+    if len(images) + len(weights) < len(operands) or ragged:
         return 1
 
     def size(accesses: Sequence[Access]) -> float:
