@@ -272,8 +272,9 @@ class _Assign:
                     return spread(points, shape, along=1)
                 if inner.op in ("patch_weight_grad", "patch_transform_grad") and shape[0] > 1:
                     if not self._is_batched(node, value):
-                        points = self._lane(0)
-                        return spread(points, shape, 1) if inner.op[6:12] == "weight" else points
+                        if inner.op == "patch_weight_grad":
+                            return spread(self._lane(0), shape, along=1)
+                        return self._lane(0)
             if len(shape) == 4 and self._fills_lanes(shape[1]) and self._is_batched(node, value):
                 return self._lane(1)
             target = self._gradient_of(value)

@@ -44,16 +44,15 @@ def block_count(
 
     passes = -(-kernel.loops[middle].extent // counts.get(middle, 1))
     extent, read, again = kernel.loops[last].extent, size(images), size(weights)
-    fewest = math.ceil(read / (_SHARE * core.L2_BYTES))
+    near = _SHARE * core.L2_BYTES
+    if read <= near:
+        return 1
+    most = extent // (4 * counts.get(last, 1))
+    even = (n for n in range(math.ceil(read / near), most + 1) if extent % n == 0)
+    blocks = next(even, 1)
     # Weights that fit beside a block are as near.
-    rate = (
-        core.L3_BYTES_PER_CYCLE / core.L2_BYTES_PER_CYCLE if again < _SHARE * core.L2_BYTES else 1.0
-    )
-    for blocks in range(max(2, fewest), extent // (4 * counts.get(last, 1)) + 1):
-        if extent % blocks == 0:
-            cheaper = read + rate * blocks * again < _WORTH * passes * read
-            return blocks if fewest > 1 and cheaper else 1
-    return 1
+    rate = core.L3_BYTES_PER_CYCLE / core.L2_BYTES_PER_CYCLE if again < near else 1.0
+    return blocks if read + rate * blocks * again < _WORTH * passes * read else 1
 
 
 def cut(kernel: Kernel, loop: str, blocks: int) -> tuple[str, str]:

@@ -91,8 +91,8 @@ class ReductionEmitter(Emitter):
         inner: Scope,
     ) -> None:
         """One tile's share of the lines that `loops` read through an access, further on."""
-        count, elements = contiguous(self.kernel, access, loops, self.lanes)
-        known = {*loops[: len(loops) - count]}
+        inside, elements = contiguous(self.kernel, access, loops, self.lanes)
+        known = {*loops[: len(loops) - inside]}
         kept = tuple((n, s) for n, s in access.strides if n in known or n not in loops)
         open_ = {n for n, _ in kept if n != self.lane and not self._unrolled(n)}
         scope = next(s for s in inner.chain() if known | open_ | {ahead.loop} <= s.bound)
