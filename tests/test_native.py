@@ -9,6 +9,7 @@ import pytest
 from numba.core.errors import NumbaError
 from simd_harness import Kernel
 
+import graphc as gc
 from graphc.codegen import native
 
 MIXED = """
@@ -76,6 +77,17 @@ def test_variables_of_two_types_get_numbas_own_inference(value, result):
 
 def test_jitted_functions_are_linked_in():
     assert run(HELPER, 21) == 42
+
+
+def test_a_kernel_is_one_function():
+    """LLVM's short pipeline is for one function: bounds of loops must not be calls of others."""
+    g = gc.Graph("net")
+    g.output(y=gc.max_pool2d(g.input("x", (1, 3, 9, 9)), 3, stride=2, padding=1))
+    sources = {launch.call.source for launch in gc.compile(g, outputs=["y"]).launches}
+    assert any("minimum(" in source for source in sources)
+    for source in sources:
+        library = native.compile_function(native.load_source(source, "kernel"))._library
+        assert [f.is_declaration for f in library._final_module.functions].count(False) == 1
 
 
 def test_errors_are_numbas_own():

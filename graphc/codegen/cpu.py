@@ -117,7 +117,7 @@ class _KernelEmitter(ReductionEmitter):
             scope.add(f"{loop} = {source} * {count}")
         else:
             last = self.number(("last", loop), f"l_{loop}_", self.kernel.loops[loop].extent - count)
-            scope.add(f"{loop} = min({source} * {count}, {last})")
+            scope.add(f"{loop} = {self.smaller(f'{source} * {count}', last)}")
 
     def outer_scopes(self, root: Scope, order: tuple[str, ...]) -> Scope:
         shared = self.schedule.parallel

@@ -103,7 +103,7 @@ class Emitter:
         info = self.kernel.loops[loop]
         if info.ragged:
             total = self.total(info)
-            return f"min({info.extent}, {total} - {info.block} * {info.extent})"
+            return self.smaller(str(info.extent), f"{total} - {info.block} * {info.extent}")
         return self.extent(loop)
 
     def total(self, loop: Loop) -> str:
@@ -121,7 +121,7 @@ class Emitter:
             inner = Scope(scope, scope.bound | {loop}, scope.depth + 1)
             low, high = "0", self._bound(loop)
             for lower, upper in (clips or {}).get(loop, []):
-                low, high = f"max({low}, {lower})", f"min({high}, {upper})"
+                low, high = self.larger(low, lower), self.smaller(high, upper)
             inner.lines += [
                 "    " * scope.depth + line for line in self.head(inner, loop, low, high)
             ]
@@ -131,6 +131,16 @@ class Emitter:
     def head(self, inner: Scope, loop: str, low: str, high: str) -> list[str]:
         """The lines before the body of a loop from `low` to `high`; `inner` is to be its scope."""
         return [f"for {loop} in range({high if low == '0' else f'{low}, {high}'}):"]
+
+    # Python's own min and max are functions that Numba compiles and LLVM would have to inline.
+
+    def smaller(self, x: str, y: str) -> str:
+        """The smaller of two integers."""
+        return f"{self.factory('minimum', 'v.minimum')}({x}, {y})"
+
+    def larger(self, x: str, y: str) -> str:
+        """The larger of two integers."""
+        return f"{self.factory('maximum', 'v.maximum')}({x}, {y})"
 
     def index(self, text: str) -> str:
         """Integer arithmetic as the target wants it; Numba's is 64 bits wide."""

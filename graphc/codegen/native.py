@@ -78,7 +78,6 @@ def compile_function(function: Any, signature: str = KERNEL_SIGNATURE) -> Compil
     """
     arguments, result = normalize_signature(signature)
     flags = Flags()
-    flags.nrt = True
     flags.error_model = "numpy"
     flags.no_cpython_wrapper = True
     flags.no_cfunc_wrapper = True
@@ -86,6 +85,7 @@ def compile_function(function: Any, signature: str = KERNEL_SIGNATURE) -> Compil
     codegen = cpu_target.target_context.codegen()
     with global_compiler_lock:
         for pipeline in (KernelCompiler, Compiler):
+            flags.nrt = pipeline is Compiler  # kernels count no references
             library = ObjectLibrary(codegen, function.__qualname__)
             try:
                 compiled = compile_extra(
@@ -289,17 +289,28 @@ class ObjectLibrary(CPUCodeLibrary):
         ll_module.data_layout = self._codegen._data_layout
 
     def emit(self) -> bytes:
+        module = self._final_module
         for library in self._linking_libraries:
-            self._final_module.link_in(library._get_module_for_linking(), preserve=True)
-        options = llvm.create_pipeline_tuning_options(speed_level=3)
+            module.link_in(library._get_module_for_linking(), preserve=True)
+        options = llvm.create_pipeline_tuning_options(speed_level=2)
         options.loop_unrolling = False
         options.loop_vectorization = False
         options.loop_interleaving = False
         options.slp_vectorization = False
         builder = llvm.create_pass_builder(self._codegen._tm, options)
-        builder.getModulePassManager().run(self._final_module, builder)
-        self._final_module.verify()
-        return self._codegen._tm.emit_object(self._final_module)
+        functions = [f for f in module.functions if not f.is_declaration]
+        if len(functions) == 1:
+            # What LLVM does between functions, and for vectors afterwards, is two thirds of its
+            # time and finds nothing in a kernel.
+            builder.getFunctionPassManager().run(functions[0], builder)
+            passes = llvm.create_new_module_pass_manager()
+            passes.add_post_order_function_attributes_pass()
+            passes.add_global_dead_code_eliminate_pass()
+        else:
+            passes = builder.getModulePassManager()
+        passes.run(module, builder)
+        module.verify()
+        return self._codegen._tm.emit_object(module)
 
     def assembly(self) -> str:
         return self._codegen._tm.emit_assembly(self._final_module)

@@ -340,7 +340,9 @@ class ReductionEmitter(Emitter):
                 coefficient = dict(index.terms)[loop]
                 rest = Index(tuple((n, c) for n, c in index.terms if n != loop), index.constant)
                 text = f"({self.integer(rest)})"
-                if coefficient > 0:
+                if coefficient == 1:
+                    low, high = f"-{text}", f"{extent} - {text}"
+                elif coefficient > 0:
                     low = f"-({text} // {coefficient})"
                     high = f"({extent - 1} - {text}) // {coefficient} + 1"
                 else:
