@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+
 import numpy as np
 import pytest
 
 import graphc as gc
+from graphc.codegen import simd
 from graphc.ir import Layout
 from graphc.runtime.layout import read_layout, write_layout
 from passes.cache_sets import spread
@@ -67,6 +71,56 @@ def test_large_weights_are_read_ahead(threads):
     ahead = [launch.schedule.ahead for launch in exe.launches if launch.schedule.ahead]
     assert ahead and any("prefetch(" in launch.call.source for launch in exe.launches)
     agrees(exe, g, (1, 128, 8, 8), 1e-4)
+
+
+class Recorder:
+    """A vocabulary whose operations compute nothing, but note the lines they touch."""
+
+    def __init__(self, numbers):
+        self.numbers, self.loaded, self.fetched = numbers, set(), set()
+        self.late = Counter()
+
+    def arguments(self, count):
+        return lambda args: self.numbers
+
+    def pointer(self, dtype):
+        return lambda buffer: buffer
+
+    def load_tile(self, counts, kind, fixed):
+        def load(buffer, at, strides):
+            for digits in itertools.product(*map(range, counts)):
+                place = at + sum(d * s for d, s in zip(digits, strides, strict=True))
+                line = buffer, place // 16
+                if line not in self.loaded and line not in self.fetched:
+                    self.late[buffer] += 1
+                self.loaded.add(line)
+
+        return load
+
+    def prefetch(self, buffer, at):
+        self.fetched.add((buffer, at // 16))
+
+    def __getattr__(self, name):
+        return lambda *a, **k: lambda *a: None
+
+
+def test_all_but_the_first_piece_is_fetched_before_it_is_read(monkeypatch):
+    """Products of Winograd's points, and their sums over images and pixels."""
+    g = convolution(128, 12, 136, 3, 1, False)
+    g.output(total=gc.sum(g.outputs["y"]))
+    names = {"loss": "total", "gradients": ["conv.weight"]}
+    exe = gc.compile(g, outputs=["total"], dims={"N": 4}, threads=2, **names)
+    for kind in ("matmul", "patch_weight_grad"):
+        launch = next(e for e in exe.launches if e.node.attrs["kind"] == kind)
+        seen = Recorder((*range(launch.call.buffers), *launch.call.numbers))
+        monkeypatch.setattr(simd, "vocabulary", lambda lanes, seen=seen: seen)
+        space = {}
+        exec(launch.call.source, space)
+        space["kernel"](None, 0, 12)  # three points of 36
+        assert len(launch.schedule.ahead) == 2
+        for ahead in launch.schedule.ahead:
+            lines = sum(buffer == ahead.buffer for buffer, _ in seen.loaded)
+            assert 0 < seen.late[ahead.buffer] <= 0.34 * lines
 
 
 def test_points_of_a_patch_lie_in_many_sets():

@@ -57,8 +57,13 @@ def block_count(
 
 def cut(kernel: Kernel, loop: str, blocks: int) -> tuple[str, str]:
     """Cut a loop into blocks; returns the loop over the blocks and the one within."""
-    block, inner = f"{loop}b", f"{loop}l"
+    block, inner = block_name(loop), f"{loop}l"
     count = kernel.loops.pop(loop).extent // blocks
     kernel.loops |= {block: Loop(block, blocks), inner: Loop(inner, count)}
     kernel.substitute({loop: ((block, count), (inner, 1))})
     return block, inner
+
+
+def block_name(loop: str) -> str:
+    """The loop over the blocks of one that is cut."""
+    return f"{loop}b"

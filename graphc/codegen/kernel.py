@@ -185,12 +185,22 @@ def expressions(roots: Iterable[Expr], into_reductions: bool = True) -> list[Exp
 
 @dataclass(frozen=True)
 class Ahead:
-    """Memory that `buffer` is read from `distance` elements behind where it is read now, by one
-    iteration of `loop` after the other."""
+    """The next elements of `buffer`, fetched while tiles read others again and again.
+
+    nest    (loop, elements to its next tile, from where the loops before it are at their last): the
+            next elements are those of the first loop that is not at its last tile
+    inside  loops that read the same elements again, in order
+    sums    loops of the sum: each iteration of both fetches a share
+    step    elements of a share
+    leaps   loops of the tile or of the sum whose positions lie apart, each with shares of its own
+    """
 
     buffer: int
-    loop: str
-    distance: int
+    nest: tuple[tuple[str, int], ...]
+    inside: tuple[str, ...]
+    sums: tuple[str, ...]
+    step: int
+    leaps: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -205,7 +215,7 @@ class Schedule:
     around    loops around all of `order`, which every thread runs (parts of a sum)
     whole     whether the last register tile of the innermost loop is moved back to end with the
               loop, computing some elements again; else it is a smaller tile
-    ahead     operands of which each tile fetches a share of what the next tiles need
+    ahead     operands of which each tile fetches a share of what later tiles need
     """
 
     lane: str | None

@@ -14,7 +14,7 @@ import numpy as np
 from graphc.codegen.core import registers
 from graphc.codegen.emit import Emitter, Scope, Var
 from graphc.codegen.kernel import Access, Ahead, Kernel, Schedule, expressions
-from graphc.codegen.read_ahead import LINE, contiguous
+from graphc.codegen.read_ahead import LINE
 from graphc.expr import Expr, Index
 
 # Most iterations of an innermost loop that are written out.
@@ -75,40 +75,52 @@ class ReductionEmitter(Emitter):
         return scope.values[(id(expr), self.guard, False)]
 
     def _read_ahead(self, expr: Expr, loops: list[str], inner: Scope) -> None:
-        """Fetch a share of what `Schedule.ahead` says, as far as this sum reads it."""
+        """Fetch shares of what `Schedule.ahead` says, in the loops of the sum that reads it."""
         aheads = {ahead.buffer: ahead for ahead in self.schedule.ahead}
         for factor in (self._product(expr.args[0]) or ()) if aheads else ():
             if factor.op == "load" and factor.attributes["access"].buffer in aheads:
                 access: Access = factor.attributes["access"]
-                self._fetch(access, self.axes(factor), aheads[access.buffer], loops, inner)
+                self._fetch(access, aheads[access.buffer], loops, inner)
 
-    def _fetch(
-        self,
-        access: Access,
-        axes: tuple[str, ...],
-        ahead: Ahead,
-        loops: list[str],
-        inner: Scope,
-    ) -> None:
-        """One tile's share of the lines that `loops` read through an access, further on."""
-        inside, elements = contiguous(self.kernel, access, loops, self.lanes)
-        known = {*loops[: len(loops) - inside]}
-        kept = tuple((n, s) for n, s in access.strides if n in known or n not in loops)
-        open_ = {n for n, _ in kept if n != self.lane and not self._unrolled(n)}
-        scope = next(s for s in inner.chain() if known | open_ | {ahead.loop} <= s.bound)
-        at = self.address(replace(access, strides=kept), scope)
-        count = self.tile.get(ahead.loop, 1)
-        trip = ahead.loop if count == 1 else f"u_{ahead.loop}"
-        share = -(-elements // (LINE * -(-self.kernel.loops[ahead.loop].extent // count)))
-        distance = self.number(("ahead", ahead.buffer), "ahead", ahead.distance)
-        start = self.fresh("next")
-        scope.add(f"{start} = {at} + {distance} + {trip} * {share * LINE}")
+    def _fetch(self, access: Access, ahead: Ahead, loops: list[str], inner: Scope) -> None:
+        """One share of what an access reads next; `loops` are those of its sum."""
+        shares, counts = (*ahead.inside, *ahead.sums), dict(self.schedule.tile)
+        scope = next(s for s in inner.chain() if s.bound.issuperset(shares))
+        parts, step = [self._next(access, ahead, loops, inner)], ahead.step
+        for loop in reversed(shares):
+            if loop in ahead.leaps:
+                parts.append(f"{loop} * {self.stride(access, loop)}")
+                continue
+            trip = f"u_{loop}" if loop in counts else loop
+            parts.append(f"{trip} * {self.number(('share', ahead.buffer, loop), 'share', step)}")
+            step *= -(-self.kernel.loops[loop].extent // counts.get(loop, 1))
+        share = self.fresh("share")
+        scope.add(f"{share} = {' + '.join(parts)}")
         fetch, pointer = self.factory("prefetch", "v.prefetch"), self.pointer(access)
-        for digits in self._digits(axes):
+        for digits in self._digits(tuple(n for n in self.tile if n in ahead.leaps)):
             steps = [f" + {d} * {self.stride(access, n)}" for n, d in digits.items() if d]
-            for line in range(share):
+            for line in range(-(-ahead.step // LINE)):
                 offset = f" + {line * LINE}" if line else ""
-                scope.add(f"{fetch}({pointer}, {start}{''.join(steps)}{offset})")
+                scope.add(f"{fetch}({pointer}, {share}{''.join(steps)}{offset})")
+
+    def _next(self, access: Access, ahead: Ahead, loops: list[str], inner: Scope) -> str:
+        """Where the elements of `ahead` begin; after the last ones those at hand: what lies behind
+        them may be what another thread writes."""
+        within = {self.lane, *ahead.inside, *loops}
+        here = replace(access, strides=tuple((n, s) for n, s in access.strides if n not in within))
+        scope = next(s for s in inner.chain() if s.bound.issuperset(n for n, _ in ahead.nest))
+        key = ("ahead", access.buffer)
+        if key not in scope.addresses:
+            text, counts = "0", dict(self.schedule.tile)
+            for loop, distance in reversed(ahead.nest):
+                last = self.kernel.loops[loop].extent - counts.get(loop, 1)
+                end = self.number(("end", loop), f"e_{loop}_", last)
+                onward = self.number(("ahead", ahead.buffer, loop), "ahead", distance)
+                text = f"({onward} if {loop} < {end} else {text})"
+            at = self.address(here, scope)
+            scope.addresses[key] = self.fresh("next")
+            scope.add(f"{scope.addresses[key]} = {at} + {text}")
+        return scope.addresses[key]
 
     def _start(self, expr: Expr, scope: Scope) -> list[Var]:
         """Declare accumulators: one, or best value and its position for argmax."""

@@ -12,7 +12,7 @@ import math
 
 from graphc.codegen import cache_blocks, core, parts
 from graphc.codegen.kernel import Access, Kernel, Loop, Schedule, expressions
-from graphc.codegen.read_ahead import read_ahead
+from graphc.codegen.read_ahead import long_loop, read_ahead
 from graphc.codegen.reductions import known_factor
 from graphc.codegen.tile_cost import Tile, TileCost, all_bytes
 from graphc.expr import Expr
@@ -77,7 +77,14 @@ def rank_schedules(
                 around = outside
             else:
                 order = (*outer[:first], *outside, *outer[first:])
-        ahead = read_ahead(kernel, _operands(kernel), lane, counts, order[shared:])
+        # A group goes on to its next block after other kernels, and only the last loop that is
+        # shared goes from end to end but for where a thread's share ends.
+        nest = order[1:] if blocks else order[max(shared - 1, 0) :]
+        sums = _sum_loops(kernel, lane)
+        ahead = read_ahead(kernel, _operands(kernel), sums, lane, counts, nest)
+        long = long_loop(kernel, sums)
+        if ahead and long:
+            cache_blocks.cut(kernel, *long)
         schedules.append(Schedule(lane, tile, order, shared, around, not ends, ahead))
     return schedules
 
@@ -98,6 +105,12 @@ def _cut_last(
         for tile, cost in tiles.items()
     }
     return (*around, block, middle, inner), renamed
+
+
+def _sum_loops(kernel: Kernel, lane: str | None) -> tuple[str, ...]:
+    """The loops of the main sum, as nested."""
+    main = _main_reduction(kernel)
+    return tuple(n for n in main.attributes["loops"] if n != lane) if main else ()
 
 
 def _operands(kernel: Kernel) -> list[Access]:
@@ -122,7 +135,9 @@ def _around_all(
     again = sum(all_bytes(kernel, a) for a in operands if not any(a.stride(n) for n in first))
     result = sum(all_bytes(kernel, store.access) for store in kernel.stores) / threads
     added = 2 * result * kernel.trips(outside)
-    return added / core.L2_BYTES_PER_CYCLE < again * (units - 1) / core.L3_BYTES_PER_CYCLE
+    near = result <= core.L2_BYTES
+    rate = core.L2_BYTES_PER_CYCLE if near else core.L3_BYTES_PER_CYCLE
+    return added / rate < again * (units - 1) / core.L3_BYTES_PER_CYCLE
 
 
 def _ordered(kernel: Kernel, outer: tuple[str, ...]) -> tuple[str, ...]:

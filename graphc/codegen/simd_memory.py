@@ -240,7 +240,7 @@ def arguments(count: int):
 
 
 def prefetch():
-    """f(p, i): bring the line of an element into all cache levels, for reading."""
+    """f(p, i): bring the line of an element into the second cache, for reading."""
 
     def typing(p, i):
         pointee(p, "prefetch")
@@ -248,7 +248,7 @@ def prefetch():
 
         def codegen(context, builder, signature, values):
             address = builder.bitcast(builder.gep(values[0], [values[1]]), I8.as_pointer())
-            operands = [address, *(ir.Constant(I32, flag) for flag in (0, 3, 1))]
+            operands = [address, *(ir.Constant(I32, flag) for flag in (0, 2, 1))]
             kind = ir.FunctionType(ir.VoidType(), [operand.type for operand in operands])
             function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
             builder.call(function, operands)

@@ -104,7 +104,9 @@ class TileCost:
         if bytes_ > core.L2_BYTES:
             return bytes_ / core.L3_BYTES_PER_CYCLE
         if bytes_ > self.first_cache:
-            return bytes_ / core.L2_BYTES_PER_CYCLE
+            # Less room than twice the tile leaves some of it in the cache.
+            gone = min(bytes_ / self.first_cache - 1, 1.0) if self.parts else 1.0
+            return gone * bytes_ / core.L2_BYTES_PER_CYCLE
         tiles = 1
         for n in self.inner_first:
             count, extent = counts.get(n, 1), self.extents[n]
