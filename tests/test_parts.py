@@ -78,7 +78,7 @@ class Recorder:
 
     def __init__(self, numbers):
         self.numbers, self.loaded, self.fetched = numbers, set(), set()
-        self.late = Counter()
+        self.late, self.minimum = Counter(), min
 
     def arguments(self, count):
         return lambda args: self.numbers
