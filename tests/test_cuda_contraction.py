@@ -14,6 +14,8 @@ import graphc as gc
 from graphc.codegen import cuda_contraction, cuda_generic
 from graphc.codegen.contraction import find_contraction
 from graphc.codegen.cuda import Rendering
+from graphc.codegen.cuda_copies import deal
+from graphc.codegen.cuda_indices import total
 from graphc.codegen.cuda_tiles import TENSOR_TILES, TILES, TensorTile, Tile, choose_tile
 from graphc.codegen.kernel import Kernel
 from graphc.codegen.program import lower_node
@@ -77,6 +79,13 @@ def matrix_product(a: tuple[int, ...], b: tuple[int, ...]) -> Graph:
     return g
 
 
+def linear(a: tuple[int, int], columns: int) -> Graph:
+    """A product with a transposed matrix: neighbouring terms of both factors are neighbours."""
+    g = Graph("linear")
+    g.output(y=gc.matmul(g.input("a", a), gc.transpose(g.input("w", (columns, a[1])), (1, 0))))
+    return g
+
+
 def convolution(image, weight, bias: bool = False, **geometry) -> Graph:
     g = Graph("convolution")
     y = gc.conv2d(g.input("x", image), g.input("w", weight), **geometry)
@@ -109,7 +118,7 @@ def test_tensor_cores(precision, quads):
     kernel = lower_node(node)
     c = find_contraction(kernel.copy())
     assert c is not None
-    tile = TensorTile(64, 64, 16, 8, precision)
+    tile = TensorTile(64, 64, 16, 8, 8, precision)
     rendering = cuda_contraction.render_tiled(c, tile, 1)
     assert f'"{precision}", (True, {not quads})' in rendering.launches[0].source
     run = Emulated(node, kernel, rendering)
@@ -140,11 +149,31 @@ def test_precision_is_an_option_of_the_cuda_targets():
         gc.compile(graph, precision="tf32", check=True, **options)
 
 
-LARGE, TALL, SMALL = Tile(128, 128, 16, 8), Tile(64, 128, 8, 8), Tile(16, 64, 8, 4)
-SLOW = ("large tile, odd matrices", "image gradient, stride")
+LARGE, TALL, SMALL = Tile(128, 128, 16, 8, 8), Tile(64, 128, 8, 8, 8), Tile(16, 64, 8, 4, 4)
+FLAT = Tile(32, 64, 8, 8, 4)
+SLOW = ("large tile, odd matrices", "image gradient, stride", "many terms", "terms of one address")
 CASES = {
     "large tile, odd matrices": (matrix_product((133, 37), (37, 165)), "matmul", LARGE, 1),
-    "quads, split": (matrix_product((64, 40), (40, 132)), "matmul", Tile(64, 64, 8, 4), 2),
+    "quads, split": (matrix_product((64, 40), (40, 132)), "matmul", Tile(64, 64, 8, 4, 4), 2),
+    "terms in quads": (linear((33, 68), 65), "matmul", FLAT, 2),
+    "lines of one address": (
+        convolution((2, 6, 16, 16), (10, 6, 3, 3), padding=1),
+        "conv2d",
+        SMALL,
+        1,
+    ),
+    "many terms": (
+        convolution((1, 129, 5, 6), (9, 129, 3, 3), padding=1),
+        "conv2d",
+        SMALL,
+        1,
+    ),
+    "terms of one address": (
+        gradient("w", (3, 4, 16, 16), (5, 4, 3, 3), padding=1),
+        "conv2d_weight_grad",
+        SMALL,
+        2,
+    ),
     "batch of products": (matrix_product((3, 5, 9), (3, 9, 7)), "matmul", SMALL, 2),
     "bias and relu": (
         convolution((2, 6, 9, 7), (10, 3, 3, 3), True, padding=1, stride=2, groups=2),
@@ -174,14 +203,18 @@ CASES = {
 }
 
 
-@cache
-def emulated(case: str) -> Emulated:
+def rendered(case: str) -> tuple[Node, Kernel, Rendering]:
     graph, kind, tile, splits = CASES[case]
     (node,) = [n for n in regions(graph) if n.attrs["kind"] == kind]
     kernel = lower_node(node)
     c = find_contraction(kernel.copy())
     assert c is not None
-    return Emulated(node, kernel, cuda_contraction.render_tiled(c, tile, splits))
+    return node, kernel, cuda_contraction.render_tiled(c, tile, splits)
+
+
+@cache
+def emulated(case: str) -> Emulated:
+    return Emulated(*rendered(case))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -257,8 +290,54 @@ def test_source_of_a_tiled_kernel(golden):
     (node,) = regions(convolution((2, 8, 16, 16), (32, 8, 3, 3), True, padding=1))[1:]
     c = find_contraction(lower_node(node))
     assert c is not None
-    (launch,) = cuda_contraction.render_tiled(c, Tile(32, 32, 8, 4), 1).launches
+    (launch,) = cuda_contraction.render_tiled(c, Tile(32, 32, 8, 4, 4), 1).launches
     golden("kernel_cuda_convolution.py.txt", launch.source)
+
+
+@pytest.mark.parametrize(
+    "lanes, count, whole, together",
+    [
+        (8, 4, 32, (4, 8)),  # neighbours stay together in one row of 32
+        (16, 8, 112, (4, 4)),
+        (8, 16, 56, (2, 4)),
+        (8, 4, 28, (2, 2)),
+        (8, 4, 14, (1, 8)),  # pairs would part threads that read neighbours
+        (2, 16, 16, (8, 2)),  # two threads can always be neighbours
+        (10, 6, 30, (3, 10)),
+    ],
+)
+def test_items_are_dealt_once(lanes, count, whole, together):
+    dealt = deal(lanes, count, whole)
+    assert (dealt.together, dealt.apart) == together
+
+    def value(terms: list[str], number: int) -> int:
+        return eval(total(terms), {"U": int, "lane": number})
+
+    firsts = [value(dealt.first("lane", 1), lane) for lane in range(lanes)]
+    items = {first + dealt.item(number) for first in firsts for number in range(count)}
+    assert items == set(range(lanes * count))
+    for first in firsts:  # items with one address lie in one row
+        for turn in range(0, count, dealt.together):
+            group = [first + dealt.item(turn + k) for k in range(dealt.together)]
+            assert dealt.together == 1 or len({item // whole for item in group}) == 1
+    groups = [value(dealt.group("lane", 1), k) for k in range(lanes * count // dealt.together)]
+    by_lane = [
+        first + dealt.item(turn) for turn in range(0, count, dealt.together) for first in firsts
+    ]
+    assert groups == by_lane
+
+
+def test_copies_share_addresses():
+    """Rows of 16 pixels: two addresses for eight copies of a thread. Few terms have a table."""
+
+    def source(case: str) -> str:
+        return rendered(case)[2].launches[0].source
+
+    convolved = source("lines of one address")
+    assert "read_right = w.read_numbers(2)" in convolved
+    assert "right_start = right_terms[right_k]" in convolved
+    assert "right_terms" not in source("many terms")
+    assert "(8, 4), (True, True)" in source("terms in quads")
 
 
 def test_tiles():
@@ -273,7 +352,7 @@ def test_tiles():
 
 def test_choice_of_tiles():
     tile, splits = choose_tile(4096, 4096, 4096, 1)
-    assert (tile.part, splits) == (8, 1)
+    assert (tile.part, splits) == (64, 1)
     tile, splits = choose_tile(64, 576, 200_000, 1)
     assert splits >= 8  # few tiles, a long sum
     _, splits = choose_tile(64, 576, 200_000, 1, splittable=False)

@@ -22,13 +22,14 @@ from graphc.codegen.cuda import CudaLaunch, Rendering
 from graphc.codegen.cuda_generic import CudaEmitter, Plan
 from graphc.codegen.cuda_indices import Flat, Run, total
 from graphc.codegen.cuda_operands import Operand
-from graphc.codegen.cuda_tiles import TensorTile, Tile, choose_tile
+from graphc.codegen.cuda_tiles import Tile, choose_tile
 from graphc.codegen.emit import Scope, Var
 from graphc.codegen.kernel import Access, Buffer, Kernel, Loop, Store
 from graphc.expr import Expr
 
 # Partial sums come after the kernel's own buffers.
 WORKSPACE = "workspace"
+_LONG_LOOP = 512  # multiply-adds, beside which what stands around them is little
 
 
 def render(kernel: Kernel, precision: str) -> Rendering | None:
@@ -110,16 +111,14 @@ class _TiledEmitter(CudaEmitter):
         self.c, self.tiled, self.splits = c, tile, splits
         self.rows, self.columns = Flat(c.kernel, c.rows), Flat(c.kernel, c.columns)
         self.batch = Flat(c.kernel, c.batch)
-        matrices = isinstance(tile, TensorTile)
-        common = tile.depth, tile.threads, tile.padding, matrices
+        self.steps = -(-c.extent(c.inner) // (tile.depth * splits))
+        terms = self.steps * splits * tile.depth
+        common = terms, tile.depth, tile.threads, tile.padding, tile.stores
         self.left = Operand("left", c.left, c, self.rows, tile.rows, 0, *common)
         after = self.left.size
         self.right = Operand("right", c.right, c, self.columns, tile.columns, after, *common)
         self.stage = self.left.size + self.right.size
         self.by_line = self.left.by_line, self.right.by_line
-        inner = c.extent(c.inner)
-        self.steps = -(-inner // (tile.depth * splits))
-        self.partial = self.steps * splits * tile.depth != inner
         self.lines: list[str] = []
 
     @property
@@ -139,7 +138,7 @@ class _TiledEmitter(CudaEmitter):
         self._multiply_all()
         self._add(1, "cuda.syncthreads()")
         self._add(1, *(f"{name} = place[{k}]" for k, name in enumerate(self._place)))
-        for group in range(self.tiled.groups):
+        for group in range(self.tiled.row_groups):
             self._finish(group)
         return self._module()
 
@@ -148,7 +147,7 @@ class _TiledEmitter(CudaEmitter):
         parameters = [names[number] for number in self.used]
         parameters += [name for name, _ in self.numbers.values()]
         operands = self.left, self.right
-        words = [line for operand in operands for line in operand.words(self.partial)]
+        words = [line for operand in operands for line in operand.words()]
         words += [f"{name} = {call}" for call, name in self.factories.items()]
         return "\n".join(
             [
@@ -175,11 +174,11 @@ class _TiledEmitter(CudaEmitter):
         """Memory, the block's tile, and what is known before the first term."""
         tile, columns = self.tiled, -(-self.columns.extent // self.tiled.columns)
         rows = self.tiles // columns
-        drained = tile.rows // tile.groups * self._drain_pitch
+        drained = tile.rows // tile.row_groups * self._drain_pitch
         self._add(
             1,
             f"tile = cuda.shared.array({max(2 * self.stage, drained)}, float32, alignment=16)",
-            f"sums = cuda.local.array({tile.part**2}, float32)",
+            f"sums = cuda.local.array({tile.part}, float32)",
             "t = U(cuda.threadIdx.x)",
             "block = U(cuda.blockIdx.x)",
             f"right_first = {self._first_line(1, columns, tile.columns)}",
@@ -210,7 +209,7 @@ class _TiledEmitter(CudaEmitter):
             1,
             f"row_part = {parts[0]}",
             f"column_part = {parts[1]}",
-            f"for i in range({tile.part**2}):",
+            f"for i in range({tile.part}):",
             "    sums[i] = float32(0)",
         )
 
@@ -224,24 +223,34 @@ class _TiledEmitter(CudaEmitter):
         return "U(0)" if tiles == 1 else f"U(block // U({below}) % U({tiles}) * U({extent}))"
 
     def _multiply_all(self) -> None:
-        """The loop over the terms: the next tile is copied while one is multiplied."""
-        copy = [*self.left.copy(self.partial), *self.right.copy(self.partial)]
-        swap = f"stage = U(U({self.stage}) - stage)"
+        """The loop over the terms: the next tile is copied while one is multiplied.
+
+        A short loop is written out for two tiles: their places in memory are then constants."""
+        (left, copy_left), (right, copy_right) = self.left.copy(), self.right.copy()
+        # Copies follow one another: each time ptxas goes from reading shared memory to copying, it
+        # adds instructions.
+        copy = [*left, *right, copy_left, copy_right]
         multiply = (
             "multiply(sums, tile, U(other + row_part), "
             f"U(other + column_part + U({self.right.base})))"
         )
+        swaps = [("stage", f"U(U({self.stage}) - stage)")]
+        if self.tiled.part * self.tiled.depth <= _LONG_LOOP:
+            swaps = [("U(0)", f"U({self.stage})"), (f"U({self.stage})", "U(0)")]
         self._add(1, "stage = U(0)", *copy, "while term < last:")
-        self._add(
-            2,
-            "copied()",
-            "cuda.syncthreads()",
-            f"term = U(term + U({self.tiled.depth}))",
-            "other = stage",
-            swap,
-            *copy,
-            multiply,
-        )
+        for k, (other, stage) in enumerate(swaps):
+            if k:
+                self._add(2, "if term >= last:", "    break")
+            self._add(
+                2,
+                "copied()",
+                "cuda.syncthreads()",
+                f"term = U(term + U({self.tiled.depth}))",
+                f"other = {other}",
+                f"stage = {stage}",
+                *copy,
+                multiply,
+            )
         self._add(1, "copied()", "cuda.syncthreads()", "other = stage", multiply)
 
     def _finish(self, group: int) -> None:
@@ -252,13 +261,13 @@ class _TiledEmitter(CudaEmitter):
             self._add(1, "cuda.syncthreads()")
         self._add(1, f"corner = U({row} * U({pitch}) + {column})")
         for i in range(4):
-            for j in range(tile.groups):
-                first = (group * 4 + i) * tile.part + 4 * j
+            for j in range(tile.column_groups):
+                first = (group * 4 + i) * tile.part_columns + 4 * j
                 quad = ", ".join(f"sums[{first + k}]" for k in range(4))
                 distance = i * pitch + j * tile.column_step
                 place = f"corner + U({distance})" if distance else "corner"
                 self._add(1, f"put4(tile, {place}, ({quad}))")
-        strip, lines = tile.strip, tile.rows // tile.groups
+        strip, lines = tile.strip, tile.rows // tile.row_groups
         step = tile.threads // tile.columns
         self._add(
             1,
@@ -270,7 +279,7 @@ class _TiledEmitter(CudaEmitter):
         )
         own = "line"
         if strip < lines:
-            own = f"line // U({strip}) * U({strip * tile.groups}) + line % U({strip})"
+            own = f"line // U({strip}) * U({strip * tile.row_groups}) + line % U({strip})"
         self._add(
             2,
             f"row = {total(['+ left_first', f'+ {own}'], group * strip)}",

@@ -66,12 +66,11 @@ def write(typing_context, pointer, index, value):
 
 
 @cache
-def copy_lines(
-    width: int, slots: tuple[int, ...], starts: tuple[int, ...] | None, conditional: bool
-):
+def copy_lines(width: int, slots: tuple[int, ...], starts: tuple[int, ...], conditional: bool):
     """f(tile, slot, pointer, start, line, inside): begin a copy of `width` elements (1 or 4) for
     each of `slots`, to element `slot` + its number there of a shared array, from element `start` +
-    `line` + its number in `starts`. Without `starts`, `line` is a tuple, a number for each copy.
+    `line` + its number in `starts`. `line` is a number, or a tuple of them, each for as many
+    neighbouring copies.
 
     `inside`, an operand of conditional copies alone, is a bool for all or a tuple of one for each:
     where it is false, zeros are written and nothing is read. With a width of 4, all numbers are
@@ -100,14 +99,17 @@ def copy_lines(
 
         def parts(value):
             together = isinstance(value.type, (ir.IntType, ir.PointerType))
-            return [value] * len(slots) if together else cgutils.unpack_tuple(builder, value)
+            return [value] if together else cgutils.unpack_tuple(builder, value)
 
-        insides = [None] * len(slots)
+        def for_each_copy(values):
+            return [value for value in values for _ in range(len(slots) // len(values))]
+
+        insides = [None]
         if conditional:
             read, none = _number(nbytes), _number(0)
             insides = [builder.select(flag, read, none) for flag in parts(values[5])]
-        places = [address(line)] * len(slots) if starts else map(address, parts(line))
-        for items in zip(slots, places, starts or [0] * len(slots), insides, strict=True):
+        places = for_each_copy([address(own) for own in parts(line)])
+        for items in zip(slots, places, starts, for_each_copy(insides), strict=True):
             begin(builder, to, *items)
         return context.get_dummy_value()
 
@@ -178,31 +180,51 @@ def put4(typing_context, array, index, quad):
 
 
 @cache
-def multiply_tiles(rows: int, columns: int, depth: int, part: int):
+def multiply_tiles(
+    rows: int, columns: int, depth: int, part: tuple[int, int], by_line: tuple[bool, bool]
+):
     """f(sums, tile, left, right): sums[i, j] += left[k, i] * right[k, j] for all k below `depth`.
 
     `tile` is a shared array that holds a tile of `rows` and one of `columns` elements for each of
-    `depth` terms, a term every rows + 4 and columns + 4 elements. The thread's part of them begins
-    at `left` and `right`: groups of four neighbours. `sums` is a local array of part * part."""
-    groups = part // 4
+    `depth` terms, a term every rows + 4 and columns + 4 elements, or `by_line` as
+    `cuda_indices.line_place` says. The thread's `part` of them, (rows, columns), begins at `left`
+    and `right`: groups of four neighbours. `sums` is a local array of all its sums."""
 
     def typing(typing_context, sums, tile, left, right):
-        def fragment(context, builder, tile_type, tile, first, extent, k):
-            place = _shared_element(context, builder, tile_type, tile, first)
-            steps = [k * (extent + 4) + group * (extent // groups) for group in range(groups)]
-            return [x for s in steps for x in _load4(builder, builder.gep(place, [_number(s)]))]
+        def fragment(builder, place, extent, count, lines, k):
+            """The thread's elements of one operand for terms k .. k + 3, a list for each term."""
+
+            def quad(distance):
+                return _load4(builder, builder.gep(place, [_number(distance)]))
+
+            firsts = [group * extent * 4 // count for group in range(count // 4)]
+            if lines:
+                own = [
+                    line_place(first, depth) + line_place(i, depth) + k
+                    for first in firsts
+                    for i in range(4)
+                ]
+                return list(zip(*map(quad, own), strict=True))
+            terms = [term * (extent + 4) for term in range(k, k + 4)]
+            return [[x for first in firsts for x in quad(term + first)] for term in terms]
 
         def emit(context, builder, signature, values):
             sums_type, tile_type = signature.args[:2]
-            sums, tile, left, right = values
-            held = context.make_array(sums_type)(context, builder, sums).data
-            for k in range(depth):
-                a = fragment(context, builder, tile_type, tile, left, rows, k)
-                b = fragment(context, builder, tile_type, tile, right, columns, k)
-                for i, x in enumerate(a):
-                    for j, y in enumerate(b):
-                        place = builder.gep(held, [_number(i * part + j)])
-                        builder.store(builder.fma(x, y, builder.load(place)), place)
+            held = context.make_array(sums_type)(context, builder, values[0]).data
+            places = [
+                _shared_element(context, builder, tile_type, values[1], first)
+                for first in values[2:]
+            ]
+            for k in range(0, depth, 4):
+                a, b = (
+                    fragment(builder, *operand, k)
+                    for operand in zip(places, (rows, columns), part, by_line, strict=True)
+                )
+                for xs, ys in zip(a, b, strict=True):
+                    for i, x in enumerate(xs):
+                        for j, y in enumerate(ys):
+                            place = builder.gep(held, [_number(i * part[1] + j)])
+                            builder.store(builder.fma(x, y, builder.load(place)), place)
             return context.get_dummy_value()
 
         return types.void(sums, tile, left, right), emit
@@ -212,12 +234,12 @@ def multiply_tiles(rows: int, columns: int, depth: int, part: int):
 
 # ---- tensor cores (PTX ISA, "mma.sync"; compute capability 8.0)
 
-# Of 8 terms, and of 16.
+# The instruction, and of how many terms of the sum it adds the products.
 _MMA = {
-    "tf32": "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32",
-    "bfloat16": "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
+    "tf32": ("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32", 8),
+    "bfloat16": ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", 16),
 }
-_TERMS = 16  # that are read from shared memory at once
+_TERMS = 8  # that are read from shared memory at once
 
 
 def _rounded(builder, precision: str, values):
@@ -241,8 +263,8 @@ def _multiply_matrices(builder, instruction: str, a, b, c):
 
 
 def _matrices(builder, address):
-    """Of one line and four matrices, terms q, q + 4, q + 8 and q + 12 for lane 4 g + q, g the line
-    in the matrix: ldmatrix moves 32 bits whatever they are. `address`: of this lane's line."""
+    """Of each of four matrices, term q of line g for lane 4 g + q: ldmatrix moves 32 bits whatever
+    they are. `address`: of this lane's line."""
     text = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0,$1,$2,$3}, [$4];"
     kind = ir.FunctionType(ir.LiteralStructType([_I32] * 4), [_I32])
     assembly = ir.InlineAsm(kind, text, "=r,=r,=r,=r,r,~{memory}", side_effect=True)
@@ -263,7 +285,7 @@ def multiply_on_tensor_cores(
     64 rows and of columns 4 g .. 4 g + 3 of its 32. In every instruction, the lane's sums are in
     two of those rows, and in columns 2 q and 2 q + 1 of the matrix: for the n-th matrix of a row
     of four, columns 8 q + n and 8 q + 4 + n."""
-    instruction = _MMA[precision]
+    instruction, terms = _MMA[precision]
 
     def typing(typing_context, sums, tile, left, right):
         def emit(context, builder, signature, values):
@@ -273,42 +295,54 @@ def multiply_on_tensor_cores(
             a_place = _shared_element(context, builder, tile_type, tile, left)
             b_place = _shared_element(context, builder, tile_type, tile, right)
 
-            def operands(place, lines, pitch, half, first):
-                """By line 0..3, this lane's operands of terms first .. first + 15."""
+            def operands(place, pitch, line, first):
+                """This lane's operands of lines line .. line + 3, stored term by term."""
                 found: list[list] = [[], [], [], []]
-                if lines:
-                    start = builder.ptrtoint(place, _I32)
-                    for n, own in enumerate(found):
-                        distance = _number(4 * (line_place(32 * half + n, depth) + first))
-                        line = _matrices(builder, builder.add(start, distance))
-                        own += _rounded(builder, precision, line)
-                    return found
-                for k in range(first, first + _TERMS, 8):
-                    places = [_number(term * pitch + 32 * half) for term in (k, k + 4)]
+                for k in range(first, first + terms, _TERMS):
+                    places = [_number(term * pitch + line) for term in (k, k + 4)]
                     quads = [_load4(builder, builder.gep(place, [p])) for p in places]
                     for own, *pair in zip(found, *quads, strict=True):
                         own += _rounded(builder, precision, pair)
                 return found
 
-            for first in range(0, depth, _TERMS):
-                b = operands(b_place, by_line[1], columns + 8, 0, first)
+            def operands_by_line(place, line, first, order):
+                """The same of lines line and line + 1, stored line by line. `order`: which of the
+                matrices that are read are the first line's, and the second's."""
+                start = builder.ptrtoint(place, _I32)
+                found: list[list] = [[], []]
+                for k in range(first, first + terms, _TERMS):
+                    distance = _number(4 * (line_place(line, depth) + k))
+                    read = _matrices(builder, builder.add(start, distance))
+                    for own, places in zip(found, order, strict=True):
+                        own += _rounded(builder, precision, [read[place] for place in places])
+                return found
+
+            for first in range(0, depth, terms):
+                if by_line[1]:
+                    pairs = [operands_by_line(b_place, n, first, ((0, 1), (2, 3))) for n in (0, 2)]
+                    b = [line for pair in pairs for line in pair]
+                else:
+                    b = operands(b_place, columns + 8, 0, first)
                 for half in range(2):
-                    a = operands(a_place, by_line[0], rows + 8, half, first)
-                    for k in range(0, len(b[0]), 2):
-                        for row in (0, 2):
-                            upper, lower = a[row][k : k + 2], a[row + 1][k : k + 2]
-                            factors = [upper[0], lower[0], upper[1], lower[1]]
-                            for n in range(4):
-                                at = [
-                                    builder.gep(held, [_number(8 * (4 * half + i) + 4 * j + n)])
-                                    for i in (row, row + 1)
-                                    for j in range(2)
-                                ]
-                                c = [builder.load(place) for place in at]
-                                matrix = b[n][k : k + 2]
-                                d = _multiply_matrices(builder, instruction, factors, matrix, c)
-                                for place, value in zip(at, d, strict=True):
-                                    builder.store(value, place)
+                    if not by_line[0]:
+                        a = operands(a_place, rows + 8, 32 * half, first)
+                    for row in (0, 2):
+                        if by_line[0]:
+                            line = 32 * half + row
+                            upper, lower = operands_by_line(a_place, line, first, ((0, 2), (1, 3)))
+                        else:
+                            upper, lower = a[row : row + 2]
+                        factors = [upper[0], lower[0], upper[1], lower[1]]
+                        for n in range(4):
+                            at = [
+                                builder.gep(held, [_number(8 * (4 * half + i) + 4 * j + n)])
+                                for i in (row, row + 1)
+                                for j in range(2)
+                            ]
+                            c = [builder.load(place) for place in at]
+                            d = _multiply_matrices(builder, instruction, factors, b[n], c)
+                            for place, value in zip(at, d, strict=True):
+                                builder.store(value, place)
             return context.get_dummy_value()
 
         return types.void(sums, tile, left, right), emit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import Enum
 from typing import ClassVar
 
 from graphc.codegen.cuda_indices import line_place, line_strides
@@ -14,76 +15,124 @@ MULTIPROCESSORS = 108
 _MULTIPLY_ADDS = 128
 _COPIED = 100
 _BYTES = 1000
+_SHARED = 160 * 1024  # bytes of shared memory
 _LAUNCH = 3000  # cycles from one kernel's end to the next one's work
-# Threads that hide the latency of arithmetic and of shared memory.
-_BUSY = 256
+_READ = 4  # instructions that could be issued while shared memory answers a warp's 128-bit read
+# Sums of all threads, and threads, that hide the latency of arithmetic and of shared memory: one
+# thread's sums do not wait for each other (Volkov 2010, "Better performance at lower occupancy").
+_BUSY_SUMS, _BUSY = 4096, 128
+_PART = 64  # terms, which a part of a sum has at least
 _EVEN = 4  # blocks of a multiprocessor, from which on all have about as many
+
+
+class Storage(Enum):
+    """Which operands lie in shared memory line by line, of those whose neighbouring lines are not
+    neighbours in memory; all others lie term by term."""
+
+    BY_TERM = "none"
+    QUADS_BY_LINE = "those of which four terms are copied at once"
+    BY_LINE = "all"
 
 
 @dataclass(frozen=True)
 class Tile:
     """What a block of threads computes: `rows` x `columns` sums, `depth` terms of each at a time.
 
-    Every thread holds `part` x `part` of the sums in registers, in groups of four neighbouring rows
-    and columns, which it reads from shared memory at once.
+    Every thread holds `part_rows` x `part_columns` of the sums in registers, in groups of four
+    neighbouring rows and columns, which it reads from shared memory at once.
     """
 
     rows: int
     columns: int
     depth: int
-    part: int
+    part_rows: int
+    part_columns: int
     # Beside a term's elements in shared memory: neighbouring terms then begin in other banks.
     padding: ClassVar[int] = 4
 
     @property
-    def threads(self) -> int:
-        return self.rows * self.columns // self.part**2
+    def part(self) -> int:
+        """Sums of one thread."""
+        return self.part_rows * self.part_columns
 
     @property
-    def groups(self) -> int:
-        """Groups of four along the rows, or the columns, of one thread."""
-        return self.part // 4
+    def threads(self) -> int:
+        return self.rows * self.columns // self.part
+
+    @property
+    def row_groups(self) -> int:
+        """Groups of four along the rows of one thread."""
+        return self.part_rows // 4
+
+    @property
+    def column_groups(self) -> int:
+        """Groups of four along the columns of one thread."""
+        return self.part_columns // 4
 
     @property
     def resident(self) -> int:
-        """Blocks that a multiprocessor should hold: 512 threads of 128 registers, or 1024 of 64."""
-        return (512 if self.part == 8 else 1024) // self.threads
+        """Blocks that a multiprocessor should hold: 512 threads of 128 registers, or 768 of 80
+        where there are few sums, as far as shared memory goes."""
+        shared = 2 * 4 * self.depth * (self.rows + self.columns + 2 * self.padding)
+        return min((768 if self.part == 16 else 512) // self.threads, _SHARED // shared)
+
+    @property
+    def stores(self) -> Storage:
+        """Four terms of eight rows and of eight columns would leave no registers for their sums."""
+        return Storage.BY_TERM if self.part == 64 else Storage.QUADS_BY_LINE
 
     @property
     def efficiency(self) -> float:
         """The share of multiply-adds among the instructions of the loop, roughly: beside them stand
         reads of shared memory, copies with their addresses, and the loop itself."""
-        multiply_adds = self.part**2 * self.depth
-        reads = 2 * self.groups * self.depth
+        multiply_adds = self.part * self.depth
+        reads = (self.row_groups + self.column_groups) * self.depth
         copies = (self.rows + self.columns) * self.depth // self.threads
-        return multiply_adds / (multiply_adds + reads + 3 * copies + 25)
+        return multiply_adds / (multiply_adds + _READ * reads + 2 * copies + 25)
 
     # ---- the part of thread `t`, as source
 
     def word(self, by_line: tuple[bool, bool]) -> str:
         """The call that makes the word `multiply`; `by_line`: how left and right are stored."""
-        return f"multiply_tiles({self.rows}, {self.columns}, {self.depth}, {self.part})"
+        part = self.part_rows, self.part_columns
+        return f"multiply_tiles({self.rows}, {self.columns}, {self.depth}, {part}, {by_line})"
 
     def operands(self, by_line: tuple[bool, bool]) -> tuple[str, str]:
         """Where the thread's first elements of the left and of the right tile are."""
-        return self.corner
+        across = self.columns // self.part_columns
+        places = []
+        for four, count, lines in zip(
+            (f"t // U({across})", f"t % U({across})"),
+            (self.threads // across, across),
+            by_line,
+            strict=True,
+        ):
+            if not lines:
+                places.append(f"U({four} * U(4))")
+                continue
+            _, step, many = line_strides(self.depth)
+            if count > 8:
+                places.append(f"U({four} % U(8) * U({step}) + {four} // U(8) * U({many}))")
+            else:
+                places.append(f"U({four} * U({step}))")
+        return places[0], places[1]
 
     @property
     def corner(self) -> tuple[str, str]:
         """Row and column of the first of the thread's sums; rows are those of one group of every
         thread, the groups `strip` rows apart."""
-        across = self.columns // self.part
-        return f"U(t // U({across}) * U(4))", f"U(t % U({across}) * U(4))"
+        row, column = self.operands((False, False))
+        return row, column
 
     @property
     def strip(self) -> int:
         """Neighbouring rows that are the same group of some threads."""
-        return self.rows // self.groups
+        return self.rows // self.row_groups
 
     @property
     def column_step(self) -> int:
         """Columns from one group of the thread to the next."""
-        return self.columns // self.groups
+        return self.columns // self.column_groups
 
 
 @dataclass(frozen=True)
@@ -100,6 +149,10 @@ class TensorTile(Tile):
     padding: ClassVar[int] = 8
 
     @property
+    def stores(self) -> Storage:
+        return Storage.BY_LINE
+
+    @property
     def efficiency(self) -> float:
         """Multiply-adds for each that the other cores could do, roughly: what is left of 4 or 8
         beside conversions and copies."""
@@ -110,12 +163,17 @@ class TensorTile(Tile):
         return f'multiply_on_tensor_cores({sizes}, "{self.precision}", {by_line})'
 
     def operands(self, by_line: tuple[bool, bool]) -> tuple[str, str]:
-        places = []
+        one, four, _ = line_strides(self.depth)
         extents = (64, self.rows), (32, self.columns)
-        for first, (warp, extent), lines in zip(self._warp, extents, by_line, strict=True):
+        # Of the four matrices, every second one is of the next line, or the last two are.
+        orders = (one, 4), (4, one)
+        places = []
+        for first, (warp, extent), (second, last), lines in zip(
+            self._warp, extents, orders, by_line, strict=True
+        ):
             if lines:
-                _, four, _ = line_strides(self.depth)
-                lane = f"t % U(8) * U({four}) + t % U(32) // U(8) * U(4)"
+                matrix = f"t // U(8) % U(2) * U({second}) + t % U(32) // U(16) * U({last})"
+                lane = f"t % U(8) * U({four}) + {matrix}"
                 warp = line_place(warp, self.depth)
             else:
                 lane = f"t % U(32) // U(4) * U(4) + t % U(4) * U({extent + self.padding})"
@@ -146,27 +204,36 @@ class TensorTile(Tile):
 
 
 # With more depth, the work around the multiplications is for more of them.
-TILES = (
-    Tile(128, 128, 16, 8),
-    Tile(128, 64, 16, 8),
-    Tile(64, 128, 16, 8),
-    Tile(128, 128, 8, 8),
-    Tile(128, 64, 8, 8),
-    Tile(64, 128, 8, 8),
-    Tile(64, 64, 16, 4),
-    Tile(32, 128, 16, 4),
-    Tile(128, 32, 16, 4),
-    Tile(32, 32, 16, 4),
-    Tile(64, 64, 8, 4),
-    Tile(32, 128, 8, 4),
-    Tile(128, 32, 8, 4),
-    Tile(32, 32, 8, 4),
-    Tile(16, 128, 8, 4),
-    Tile(16, 64, 8, 4),
-    Tile(64, 16, 8, 4),
+TILES = tuple(
+    Tile(*sizes)
+    for sizes in (
+        (128, 128, 16, 8, 8),
+        (128, 64, 16, 8, 8),
+        (64, 128, 16, 8, 8),
+        (128, 128, 8, 8, 8),
+        (128, 64, 8, 8, 8),
+        (64, 128, 8, 8, 8),
+        (64, 64, 32, 8, 4),
+        (64, 32, 32, 8, 4),
+        (32, 64, 32, 8, 4),
+        (64, 64, 16, 8, 4),
+        (64, 32, 16, 8, 4),
+        (32, 64, 16, 8, 4),
+        (64, 64, 16, 4, 4),
+        (32, 128, 16, 4, 4),
+        (128, 32, 16, 4, 4),
+        (32, 32, 16, 4, 4),
+        (64, 64, 8, 4, 4),
+        (32, 128, 8, 4, 4),
+        (128, 32, 8, 4, 4),
+        (32, 32, 8, 4, 4),
+        (16, 128, 8, 4, 4),
+        (16, 64, 8, 4, 4),
+        (64, 16, 8, 4, 4),
+    )
 )
 TENSOR_TILES = tuple(
-    TensorTile(rows, columns, 16, 8, precision)
+    TensorTile(rows, columns, 16, 8, 8, precision)
     for precision in ("tf32", "bfloat16")
     for rows, columns in ((128, 128), (128, 64), (64, 128), (64, 64))
 )
@@ -200,9 +267,15 @@ def choose_tile(
 
 def _splits(tiles: int, inner: int, depth: int) -> set[int]:
     """Numbers of parts that give every multiprocessor one, two or four blocks, and 1; each part has
-    a few tiles of terms."""
-    most = max(1, inner // (8 * depth))
-    return {1, *(min(most, max(1, MULTIPROCESSORS * blocks // tiles)) for blocks in (1, 2, 4))}
+    a few tiles of terms. Of those close by, also the one that leaves no tile short of terms."""
+    most = max(1, inner // max(_PART, 2 * depth))
+    found = {1}
+    for blocks in (1, 2, 4):
+        parts = min(most, max(1, MULTIPROCESSORS * blocks // tiles))
+        found.add(parts)
+        near = range(parts, parts - parts // 8 - 1, -1)
+        found |= {next((n for n in near if inner % (n * depth) == 0), parts)}
+    return found
 
 
 def _tiles(tile: Tile, rows: int, columns: int, batch: int) -> int:
@@ -216,7 +289,8 @@ def _cycles(tile: Tile, splits: int, rows: int, columns: int, inner: int, batch:
     if busiest < _EVEN:
         busiest = math.ceil(busiest)
     threads = min(busiest, tile.resident) * tile.threads
-    speed = _MULTIPLY_ADDS * tile.efficiency * min(1.0, threads / _BUSY) ** 0.5
+    busy = max(_BUSY, _BUSY_SUMS // tile.part)
+    speed = _MULTIPLY_ADDS * tile.efficiency * min(1.0, threads / busy) ** 0.5
     terms = -(-inner // splits // tile.depth) * tile.depth
     cycles = busiest * tile.rows * tile.columns * terms / speed
     cycles += busiest * 4 * (tile.rows + tile.columns) * terms / _COPIED
