@@ -20,7 +20,7 @@ _LAUNCH = 3000  # cycles from one kernel's end to the next one's work
 _READ = 4  # instructions that could be issued while shared memory answers a warp's 128-bit read
 # Sums of all threads, and threads, that hide the latency of arithmetic and of shared memory: one
 # thread's sums do not wait for each other (Volkov 2010, "Better performance at lower occupancy").
-_BUSY_SUMS, _BUSY = 4096, 128
+_BUSY_SUMS, _BUSY = 8192, 256
 _PART = 64  # terms, which a part of a sum has at least
 _EVEN = 4  # blocks of a multiprocessor, from which on all have about as many
 
