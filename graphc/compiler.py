@@ -121,9 +121,9 @@ def compile(
         )
         if backend is None:
             return joint, records
-        fused, more = (pipeline or backend.shape).run(joint, observer=observer)
+        fused, more = (pipeline or backend.shape).run(joint, observer=observer, consume=True)
         backend.lower(fused)
-        planned, final = backend.place.run(fused, observer=observer)
+        planned, final = backend.place.run(fused, observer=observer, consume=limit is None)
         if limit is not None and planned.annotations["memory"].arena_bytes > limit:
             planned, final = _placed_within(limit, backend, fused, observer)
         return planned, (*records, *more, *final)
@@ -396,7 +396,7 @@ def transform(
         observer(PassRecord("bind", 0.0, len(graph), len(g)), g)
     before, after = algorithms or (Pipeline(), Pipeline())
     forward = Pipeline((SetMode(training, seed),)) + FORWARD + before
-    g, records = forward.run(g, observer=observer)
+    g, records = forward.run(g, observer=observer, consume=True)
     if loss is not None and (gradients or optimizer):
         began, declared = time.perf_counter(), len(g)
         trained = [n for n, p in g.parameters.items() if optimizer and p.attrs["trainable"]]
@@ -413,7 +413,7 @@ def transform(
         report(records[-1], g, observer)
     keep = {*outputs, *(f"grad:{name}" for name in gradients)}
     g.outputs = {k: v for k, v in g.outputs.items() if k in keep}
-    g, more = (after + BACKWARD).run(g, observer=observer)
+    g, more = (after + BACKWARD).run(g, observer=observer, consume=True)
     g.annotations["unneeded_inputs"] = tuple(name for name in graph.inputs if name not in g.inputs)
     return g, (*records, *more)
 

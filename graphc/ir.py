@@ -451,6 +451,17 @@ class Graph:
 
         return self.rebuild(visit)
 
+    def dissolve(self) -> None:
+        """Take apart a graph that nothing refers to any more, nor to its nodes and values.
+
+        They refer to one another: else only the collector of cycles would find them, and look
+        through all that a compilation keeps."""
+        for node in self._nodes.values():
+            node.inputs = node.outputs = ()
+        if self._nx is not None:
+            self._nx.clear()
+        self._nodes, self._nx, self.outputs, self.updates = {}, None, {}, {}
+
     # ---- text, equality, bytes
 
     def __str__(self) -> str:

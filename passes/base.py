@@ -94,19 +94,23 @@ class Pipeline:
         return tuple(p.name for p in self.passes)
 
     def run(
-        self, graph: Graph, verify: bool | None = None, observer: Observer | None = None
+        self,
+        graph: Graph,
+        verify: bool | None = None,
+        observer: Observer | None = None,
+        consume: bool = False,
     ) -> tuple[Graph, tuple[PassRecord, ...]]:
         """Run every pass. Returns the last graph and one record per pass.
 
         verify: check the graph before the first and after each pass (default: whether the
         environment has GRAPHC_VERIFY=1). `observer(record, graph)` is called after each pass: it
-        serves dumping and progress alike. Raises InvalidGraphError naming the pass that broke the
-        graph.
+        serves dumping and progress alike, and may keep what it is given. `consume`: nobody needs
+        `graph` any more. Raises InvalidGraphError naming the pass that broke the graph.
         """
         check = os.environ.get("GRAPHC_VERIFY") == "1" if verify is None else verify
         if check:
             verify_graph(graph, "before the first pass")
-        records = []
+        given, records = graph, []
         for step in self.passes:
             before = graph
             start = time.perf_counter()
@@ -118,6 +122,8 @@ class Pipeline:
             if check:
                 verify_graph(graph, f"after pass {step.name}", {n.origin for n in before})
             report(record, graph, observer)
+            if graph is not before and observer is None and (consume or before is not given):
+                before.dissolve()
         return graph, tuple(records)
 
     def with_inserted(

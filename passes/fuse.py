@@ -54,7 +54,10 @@ class Fuse(Pass):
     pooled: bool = True
 
     def run(self, graph: Graph) -> Graph:
-        return _Fuser(_keep_axes(graph), self).run()
+        kept = _keep_axes(graph)
+        fused = _Fuser(kept, self).run()
+        kept.dissolve()
+        return fused
 
 
 def _keep_axes(graph: Graph) -> Graph:
@@ -392,6 +395,7 @@ class _Fuser:
             for node in nodes:
                 copy = body.copy_node(node, tuple([local_value(v) for v in node.inputs]))
                 local.update(zip(node.outputs, copy.outputs, strict=True))
+        del local_value  # it refers to itself, and to this region: a cycle for the collector
         body.output(**{f"result{i}": local[v] for i, v in enumerate(results)})
         with new.origin(lead.origin):
             fused = new.add(

@@ -104,6 +104,7 @@ class Rematerialize(Pass):
     def _lowest(self, state: _State, seconds: dict[str, float]) -> _State:
         """The last state that `longest` allows."""
         while (following := self._step(state, 0, seconds)) is not None:
+            state.program.dissolve()
             state = following
         return state
 
@@ -143,6 +144,7 @@ class Rematerialize(Pass):
                 following = state.after(attempt)
                 if following.fullness < state.fullness:
                     return following
+                following.program.dissolve()
         return None
 
     def _finished(self, start: _State, found: _State, seconds: dict[str, float]) -> Graph:
@@ -325,7 +327,9 @@ class _State:
             repeated[number] = None
             return True
 
-        if not visit(execution):
+        possible = visit(execution)
+        del visit  # it refers to itself, and to this state: a cycle for the collector
+        if not possible:
             return None
         kept = sum(size for v, size in held.items() if self.last(v) < self.fullest)
         return _Candidate(

@@ -45,7 +45,10 @@ class RepeatAffine(Pass):
             own = [fresh(new, *pair, phase) for pair in zip(node.inputs, inputs, strict=True)]
             return new.copy_node(node, tuple(own)).outputs
 
-        new = EliminateDead(keep_inputs=True).run(graph.rebuild(visit))
+        rebuilt = graph.rebuild(visit)
+        new = EliminateDead(keep_inputs=True).run(rebuilt)
+        if new is not rebuilt:
+            rebuilt.dissolve()
         note(new, f"{repeated} scaled or shifted values are computed by their readers")
         return new
 

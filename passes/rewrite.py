@@ -32,16 +32,22 @@ def rewrite(
     `Match.take` has refused a value that other nodes read: they may be dead by now.
     """
     fired: Counter[str] = Counter()
-    graph = EliminateDead(keep_inputs=True).run(graph)
+    given, graph = graph, EliminateDead(keep_inputs=True).run(graph)
+    on_the_way = [graph]
     for _ in range(sweeps):
         sweep = _Sweep(graph, rules, everywhere)
         rebuilt = graph.rebuild(sweep.visit)
+        on_the_way.append(rebuilt)
         if not sweep.fired:
             break
         fired += sweep.fired
         graph = EliminateDead(keep_inputs=True).run(rebuilt)
+        on_the_way.append(graph)
         if not sweep.unfinished(graph):
             break
+    for other in on_the_way:
+        if other is not graph and other is not given:
+            other.dissolve()
     return graph, fired
 
 
