@@ -365,42 +365,19 @@ class _Fuser:
         return new
 
     def emit_region(self, new: Graph, nodes: list[Node], mapping: dict[Value, Value]) -> None:
-        inside = {n.name for n in nodes}
         results = self.results(nodes)
-        body = Graph(nodes[0].name)
-        local: dict[Value, Value] = {}
-        operands: list[Value] = []
-
-        def local_value(value: Value) -> Value:
-            if value in local:
-                return local[value]
-            node = value.node
-            if node.op == "constant" and value.type.size == 1:
-                copy = body.copy_node(node, ())
-                local[value] = copy[0]
-            elif is_view(node) and node.name not in inside:
-                copy = body.copy_node(node, tuple(local_value(v) for v in node.inputs))
-                local.update(zip(node.outputs, copy.outputs, strict=True))
-            else:
-                name = f"operand{len(operands)}"
-                local[value] = body.add("input", (), {"type": value.type}, name=name)[0]
-                local[value].node.layouts = (value.layout,)
-                if node.op == "constant" and value.type.size <= KNOWN:
-                    local[value].node.attrs["known"] = node.attrs["value"]
-                operands.append(value)
-            return local[value]
-
+        region = _Region(nodes)
+        body, local = region.body, region.local
         lead = _lead(nodes)
         with body.origin(lead.origin):
             for node in nodes:
-                copy = body.copy_node(node, tuple([local_value(v) for v in node.inputs]))
+                copy = body.copy_node(node, tuple([region.value(v) for v in node.inputs]))
                 local.update(zip(node.outputs, copy.outputs, strict=True))
-        del local_value  # it refers to itself, and to this region: a cycle for the collector
         body.output(**{f"result{i}": local[v] for i, v in enumerate(results)})
         with new.origin(lead.origin):
             fused = new.add(
                 "fused",
-                [mapping[v] for v in operands],
+                [mapping[v] for v in region.operands],
                 {"body": body, "kind": lead.op, "outer": _outer(nodes, results)[0]},
                 name=lead.name,
             )
@@ -472,6 +449,36 @@ class _Fuser:
                     heapq.heappush(ready, follower)
         assert len(result) == len(units), "fusion made a cycle"
         return result
+
+
+class _Region:
+    """The graph of a region under way, and its values by those of the whole graph."""
+
+    def __init__(self, nodes: list[Node]):
+        self.inside = {n.name for n in nodes}
+        self.body = Graph(nodes[0].name)
+        self.local: dict[Value, Value] = {}
+        self.operands: list[Value] = []
+
+    def value(self, value: Value) -> Value:
+        """What stands for a value: what the region has made of it, its copy, or an operand."""
+        node, body, local = value.node, self.body, self.local
+        if value in local:
+            return local[value]
+        if node.op == "constant" and value.type.size == 1:
+            copy = body.copy_node(node, ())
+            local[value] = copy[0]
+        elif is_view(node) and node.name not in self.inside:
+            copy = body.copy_node(node, tuple(map(self.value, node.inputs)))
+            local.update(zip(node.outputs, copy.outputs, strict=True))
+        else:
+            name = f"operand{len(self.operands)}"
+            local[value] = body.add("input", (), {"type": value.type}, name=name)[0]
+            local[value].node.layouts = (value.layout,)
+            if node.op == "constant" and value.type.size <= KNOWN:
+                local[value].node.attrs["known"] = node.attrs["value"]
+            self.operands.append(value)
+        return local[value]
 
 
 def _outer(nodes: list[Node], results: list[Value]) -> tuple[tuple[int, ...], set[int]]:

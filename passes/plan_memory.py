@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -26,6 +28,8 @@ log = logging.getLogger("graphc.memory")
 # and how many placements all tries together may take: about a second.
 _RETRIES = 24
 _PLACEMENTS = 12000
+# For how many storages is remembered which others live at the same time.
+_ROWS = 2048
 _HUGE = np.iinfo(np.int64).max
 
 
@@ -197,6 +201,14 @@ def place(pieces: Sequence[Storage], live: Sequence[int]) -> list[int]:
         return []
     bound = max(live)
     enough = bound + bound // 1000  # what is left to gain is not worth the time
+    first = np.array([p.first for p in pieces])
+    last = np.array([p.last for p in pieces])
+
+    @lru_cache(_ROWS)
+    def together(i: int) -> np.ndarray:
+        """Which storages live at the same time as one."""
+        return (first <= pieces[i].last) & (last >= pieces[i].first)
+
     breadth = [max(live[p.first : p.last + 1]) for p in pieces]
     orders: list[Callable[[int], tuple]] = [
         lambda i: (-pieces[i].size, pieces[i].first - pieces[i].last, i),
@@ -209,7 +221,7 @@ def place(pieces: Sequence[Storage], live: Sequence[int]) -> list[int]:
     tried: list[tuple[int, int, list[int], list[int]]] = []
     for key in orders[:tries]:
         order = sorted(range(len(pieces)), key=key)
-        offsets, size = _best_fit(pieces, order)
+        offsets, size = _best_fit(pieces, order, together)
         if size <= enough:
             return offsets
         tried.append((size, len(tried), order, offsets))
@@ -223,7 +235,7 @@ def place(pieces: Sequence[Storage], live: Sequence[int]) -> list[int]:
             before, order = order, over + [i for i in order if i not in moved]
             if order == before:
                 break
-            offsets, size = _best_fit(pieces, order)
+            offsets, size = _best_fit(pieces, order, together)
             if size < best_size:
                 best, best_size = offsets, size
             if size <= enough:
@@ -231,46 +243,44 @@ def place(pieces: Sequence[Storage], live: Sequence[int]) -> list[int]:
     return best
 
 
-def _best_fit(pieces: Sequence[Storage], order: Sequence[int]) -> tuple[list[int], int]:
-    """Offsets and arena size when storages are placed in the given order."""
+def _best_fit(
+    pieces: Sequence[Storage], order: Sequence[int], together: Callable[[int], np.ndarray]
+) -> tuple[list[int], int]:
+    """Offsets and arena size when storages are placed in the given order, each in the smallest gap
+    of those that live at the same time, or above them."""
     count = len(pieces)
-    # Storages placed so far, sorted by offset.
-    first, last = np.empty(count, np.int64), np.empty(count, np.int64)
-    begin, end = np.empty(count, np.int64), np.empty(count, np.int64)
     offsets = [0] * count
+    begin, end = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    # Those placed so far by offset, and their offsets.
+    by_offset = np.empty(count, np.int64)
+    taken_offsets: list[int] = []
     arena = placed = 0
     for i in order:
-        piece = pieces[i]
-        if piece.size == 0:
+        size = pieces[i].size
+        if size == 0:
             continue
-        together = (first[:placed] <= piece.last) & (last[:placed] >= piece.first)
-        taken = np.flatnonzero(together)
-        offset = _smallest_gap(begin.take(taken), end.take(taken), piece.size)
-        at = int(np.searchsorted(begin[:placed], offset))
-        for column, item in (
-            (first, piece.first),
-            (last, piece.last),
-            (begin, offset),
-            (end, offset + piece.size),
-        ):
-            column[at + 1 : placed + 1] = column[at:placed]
-            column[at] = item
+        below = by_offset[:placed]
+        taken = below[together(i)[below]]
+        offset = 0
+        if len(taken):
+            covered = np.maximum.accumulate(end[taken])
+            gaps = begin[taken]
+            gaps[1:] -= covered[:-1]
+            gaps[gaps < size] = _HUGE
+            smallest = int(gaps.argmin())
+            if gaps[smallest] == _HUGE:
+                offset = int(covered[-1])
+            elif smallest:
+                offset = int(covered[smallest - 1])
+        at = bisect_left(taken_offsets, offset)
+        taken_offsets.insert(at, offset)
+        by_offset[at + 1 : placed + 1] = by_offset[at:placed]
+        by_offset[at] = i
+        begin[i], end[i] = offset, offset + size
         placed += 1
         offsets[i] = offset
-        arena = max(arena, offset + piece.size)
+        arena = max(arena, offset + size)
     return offsets, arena
-
-
-def _smallest_gap(begin: np.ndarray, end: np.ndarray, size: int) -> int:
-    """Start of the smallest gap of at least `size` bytes below, between or above taken ranges."""
-    if not len(begin):
-        return 0
-    covered = np.zeros(len(end) + 1, np.int64)
-    np.maximum.accumulate(end, out=covered[1:])
-    gaps = begin - covered[:-1]
-    gaps[gaps < size] = _HUGE
-    smallest = int(gaps.argmin())
-    return int(covered[smallest if gaps[smallest] < _HUGE else -1])
 
 
 def _bytes(size: int) -> str:

@@ -301,43 +301,17 @@ class _State:
         """How to repeat an execution before `position`, repeating also what it needs of the dead.
 
         None where a parameter has taken its new value or what is needed never leaves its group."""
-        repeated: dict[int, None] = {}
-        held: dict[Value, int] = {}
-        needed: set[str] = set()
-
-        def visit(number: int) -> bool:
-            node = self.nodes[number]
-            if any(v.layout.copies for v in (*node.inputs, *node.outputs)):
-                return False  # memory of one block at a time
-            for value in dict.fromkeys(map(root, node.inputs)):
-                producer = self.position[value.node.name]
-                if value.node.op in SOURCES or "prepared" in value.node.attrs:
-                    if self.overwritten.get(value, math.inf) < position:
-                        return False
-                    continue
-                runs = self.executions[self.order[producer].name]
-                latest = max(run for run in runs if run < position)
-                current = self.nodes[latest][value.index]
-                small = self.size_of(value) <= _SMALL * freed
-                if self.last(current) >= position or small:
-                    needed.add(self.order[producer].name)
-                    held[current] = self.size_of(value)
-                elif latest not in repeated and not visit(latest):
-                    return False
-            repeated[number] = None
-            return True
-
-        possible = visit(execution)
-        del visit  # it refers to itself, and to this state: a cycle for the collector
-        if not possible:
+        repetition = _Repetition(self, position, freed)
+        if not repetition.add(execution):
             return None
-        kept = sum(size for v, size in held.items() if self.last(v) < self.fullest)
+        held = repetition.held.items()
+        kept = sum(size for v, size in held if self.last(v) < self.fullest)
         return _Candidate(
-            tuple(self.order[number] for number in repeated),
+            tuple(self.order[number] for number in repetition.repeated),
             position,
             freed - kept,
             frozenset({self.order[execution].name}),
-            frozenset(needed),
+            frozenset(repetition.needed),
         )
 
     def after(self, chosen: Sequence[_Candidate]) -> _State:
@@ -365,6 +339,39 @@ class _State:
         grouped = {n for _, names in self.graph.annotations.get("groups", ()) for n in names}
         order = _useful(order, self.graph.results, grouped)
         return _State(self.graph, order, self.size_of, self.in_place)
+
+
+class _Repetition:
+    """What is repeated before a position: executions in order, values that have to be `held` until
+    then, with their bytes, and the nodes that are `needed` for it."""
+
+    def __init__(self, state: _State, position: int, freed: int):
+        self.state, self.position = state, position
+        self.small = _SMALL * freed
+        self.repeated: dict[int, None] = {}
+        self.held: dict[Value, int] = {}
+        self.needed: set[str] = set()
+
+    def add(self, number: int) -> bool:
+        """Repeat an execution, and before it what it reads of the dead; False if that cannot be."""
+        state, node = self.state, self.state.nodes[number]
+        if any(v.layout.copies for v in (*node.inputs, *node.outputs)):
+            return False  # memory of one block at a time
+        for value in dict.fromkeys(map(root, node.inputs)):
+            if value.node.op in SOURCES or "prepared" in value.node.attrs:
+                if state.overwritten.get(value, math.inf) < self.position:
+                    return False
+                continue
+            name = state.order[state.position[value.node.name]].name
+            latest = max(run for run in state.executions[name] if run < self.position)
+            current = state.nodes[latest][value.index]
+            if state.last(current) >= self.position or state.size_of(value) <= self.small:
+                self.needed.add(name)
+                self.held[current] = state.size_of(value)
+            elif latest not in self.repeated and not self.add(latest):
+                return False
+        self.repeated[number] = None
+        return True
 
 
 def _useful(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 from random_graphs import one
 
-from graphc import errors, ops
+from graphc import errors, ops, zoo
 from graphc.ir import Graph, Origin
 from passes.base import InvalidGraphError, Pass, Pipeline, note, verify_graph
 from passes.canonicalize import Canonicalize
@@ -116,3 +118,25 @@ def test_passes_survive_names_that_collide_with_new_nodes():
     after, _ = BACKWARD.run(graph, verify=True)
     assert set(after.parameters) == {"sum", "constant"}
     verify_graph(after)
+
+
+def test_superseded_graphs_are_taken_apart():
+    """Their nodes refer to one another: left alone they would be the collector's work."""
+    made: list[Graph] = []
+
+    @dataclass(frozen=True)
+    class Copied(Pass):
+        def run(self, graph: Graph) -> Graph:
+            made.append(graph.copy())
+            return made[-1]
+
+    given = zoo.lenet5()
+    size, steps = len(given), Pipeline((Copied(), Copied()))
+    steps.run(given)
+    assert [len(g) for g in (given, *made)] == [size, 0, size]
+    made.clear()
+    steps.run(given, observer=lambda record, graph: None)
+    assert [len(g) for g in (given, *made)] == [size, size, size]
+    made.clear()
+    steps.run(given, consume=True)
+    assert [len(g) for g in (given, *made)] == [0, 0, size]
