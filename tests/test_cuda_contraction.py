@@ -127,6 +127,10 @@ def test_tensor_cores(precision, quads):
     for order in ORDERS:
         np.testing.assert_array_equal(run.run(whole, order)[0], whole[0] @ whole[1])
     arrays = [rng.standard_normal(v.sizes).astype("float32") for v in node.inputs]
+    with_nan = arrays[0].copy()
+    with_nan.view("uint32")[3, 5] = 0x7FFFFFFF  # as GPUs write it
+    rows = np.isnan(run.run([with_nan, arrays[1]])[0])
+    assert rows[3].all() and rows.sum() == columns
     expected = arrays[0].astype("float64") @ arrays[1]
     error = np.abs(run.run(arrays)[0] - expected).max() / np.abs(expected).max()
     assert ROUNDED[precision] / 100 < error < ROUNDED[precision]

@@ -268,11 +268,12 @@ def _to_bfloat16(k: int) -> str:
 
 # (pattern, body of the function) of those that a thread does by itself; %a0, %a1: the operands
 _THREAD_ASSEMBLY = (
-    # Round to nearest, ties away from zero, to 10 bits of mantissa.
+    # Round to nearest, ties away from zero, to 10 bits of mantissa; NaN stays NaN.
     (
         r"cvt\.rna\.tf32\.f32",
         "  %b = bitcast float %a0 to i32\n  %c = add i32 %b, 4096\n"
-        "  %d = and i32 %c, -8192\n  ret i32 %d\n",
+        "  %d = and i32 %c, -8192\n  %n = fcmp uno float %a0, %a0\n"
+        "  %e = select i1 %n, i32 2147475456, i32 %d\n  ret i32 %e\n",
     ),
     # To nearest even; the first operand is the upper half.
     (
