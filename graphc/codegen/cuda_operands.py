@@ -10,6 +10,7 @@ reads from shared memory: registers are for the sums.
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 from graphc.codegen.cuda_copies import Copies
@@ -132,7 +133,7 @@ class Operand(Copies):
             whole = self.inner.extent % self.depth == 0
             inside.append(f"{'term' if whole else f'{name}_k'} < U({self.inner.extent})")
         for number, (index, extent) in enumerate(self.factor.bounds):
-            step = total(self.inner.terms(f"{name}_k", dict(index.terms)))
+            step = total(self.inner.terms(self._term_of(dict(index.terms)), dict(index.terms)))
             if number in self.line_checks:
                 lines.append(f"{name}_step{number} = {step}")
             else:
@@ -155,6 +156,13 @@ class Operand(Copies):
         elif inside:
             call += f", {name}_inside"
         return lines, f"copy_{name}({call})"
+
+    def _term_of(self, strides: dict[str, int]) -> str:
+        """The term at which to work out an affine function: the tile's first where all have the
+        same value, else the thread's own."""
+        below = (math.prod(self.inner.extents[run.last :]) for run in self.inner.runs(strides))
+        same = all(extent % self.depth == 0 for extent in below)
+        return "term" if same else f"{self.name}_k"
 
     def _start(self) -> str:
         """Where in memory the thread's first term begins, but for its line."""
