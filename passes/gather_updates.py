@@ -18,6 +18,11 @@ class GatherUpdates(Pass):
     operands. Updates share no memory, so that no barrier stands between them there, and none
     between the gradients that they leave behind. A gradient of more than `most_bytes` is used up at
     once, while it is in a cache and before its memory is wanted.
+
+    No update is fused with the kernel of its gradient, which may still read the old parameter. Each
+    is a launch of its own, all of one kernel: a parameter, its gradient and its states have one
+    layout, so that every update is one loop over contiguous memory, whatever its shape
+    (`graphc.codegen.schedule.collapse`).
     """
 
     most_bytes: int = 256_000

@@ -84,6 +84,20 @@ def test_kinds_of_convolution(batch, layout):
     train(networks.convolutions(), batch, layout)
 
 
+def test_one_kernel_updates_every_parameter():
+    """Whatever its shape and layout; 17 channels and 10 outputs leave lanes of padding."""
+    g = gc.Graph("shapes")
+    x = g.input("image", ("N", 3, 6, 6))
+    h = gc.relu(gc.nn.conv2d(x, 17, 3, padding=1, name="first"))
+    h = gc.relu(gc.nn.conv2d(h, 16, 3, name="second"))
+    y = gc.nn.linear(gc.flatten(h), 10, name="last")
+    g.output(loss=gc.softmax_cross_entropy(y, g.input("label", ("N",), dtype="int32")))
+    exe, _ = train(g, 3, "channels")
+    updates = [e for e in exe.launches if e.node.origin.phase == "update"]
+    # Vectors that end with their parameter, and those that do not.
+    assert len(updates) == 6 and len({e.call.source for e in updates}) == 2
+
+
 @pytest.mark.parametrize("batch", [2, pytest.param(17, marks=slow)])
 def test_transformer_block(batch):
     # Not Adam: the key's bias has a gradient of 0, whose rounding errors it would scale to 1.

@@ -127,10 +127,13 @@ class Kernel:
         """How many times nested `loops` run their body."""
         return math.prod(self.loops[n].extent for n in loops)
 
-    def substitute(self, parts: dict[str, tuple[tuple[str, int], ...]]) -> None:
+    def substitute(
+        self, parts: dict[str, tuple[tuple[str, int], ...]], padded: bool = True
+    ) -> None:
         """Replace loop variables: `parts[name]` lists (new loop, coefficient) that sum to it.
 
-        The caller updates `loops`; accesses, indices and loop lists follow here."""
+        The caller updates `loops`; accesses, indices and loop lists follow here. `padded=False`:
+        the new loops go over padding like over elements."""
 
         def names(loops: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(new for n in loops for new, _ in parts.get(n, ((n, 1),)))
@@ -139,8 +142,8 @@ class Kernel:
             return tuple((new, s * c) for n, s in old for new, c in parts.get(n, ((n, 1),)))
 
         def access(a: Access) -> Access:
-            padded = parts[a.padded][-1][0] if a.padded in parts else a.padded
-            return Access(a.buffer, a.offset, terms(a.strides), padded)
+            lane = parts[a.padded][-1][0] if padded and a.padded in parts else a.padded
+            return Access(a.buffer, a.offset, terms(a.strides), lane if padded else None)
 
         def index(i: Index) -> Index:
             return Index(terms(i.terms), i.constant)

@@ -192,11 +192,10 @@ def _in_argmax(kernel: Kernel) -> set[str]:
 def collapse(kernel: Kernel, fixed: set[str]) -> None:
     """Merge neighbouring outer loops that every access walks through without a gap.
 
-    Elementwise kernels become one flat loop, the same for every shape; a 1x1 convolution has one
-    loop over pixels."""
-    if any(e.op == "position" for e in kernel.expressions()):
+    A 1x1 convolution has one loop over pixels."""
+    if any(e.op == "position" for e in kernel.expressions()) or _flatten(kernel, fixed):
         return
-    accesses = [e.attributes["access"] for e in loads(kernel)] + [s.access for s in kernel.stores]
+    accesses = _accesses(kernel)
     lanes = {a.padded for a in accesses if a.padded}
     position = 0
     while position + 1 < len(kernel.outer):
@@ -220,6 +219,38 @@ def collapse(kernel: Kernel, fixed: set[str]) -> None:
         name = kernel.outer[0]
         kernel.loops["i"] = Loop("i", kernel.loops.pop(name).extent)
         kernel.substitute({name: (("i", 1),)})
+
+
+def _flatten(kernel: Kernel, fixed: set[str]) -> bool:
+    """Make one loop of an elementwise kernel whose operands and results lie in memory alike and
+    without gaps; lanes of padding are computed like all others. Returns whether it is one.
+
+    The kernel is then the same for every shape and layout: one updates all parameters."""
+    spread = [a for a in _accesses(kernel) if a.strides]
+    if not spread or any(e.op == "reduce" for e in kernel.expressions()):
+        return False
+    walked = sorted(spread[0].strides, key=lambda item: item[1])
+    names, first = [n for n, _ in walked], spread[0]
+    if any(
+        (a.offset, a.padded, {*a.strides}) != (first.offset, first.padded, {*walked})
+        for a in spread
+    ):
+        return False
+    if not fixed.isdisjoint(names) or {*names} != {*kernel.outer}:
+        return False
+    size = 1
+    for name, step in walked:
+        loop = kernel.loops[name]
+        if step != size or (loop.ragged and first.padded != name):
+            return False
+        size *= loop.extent
+    kernel.substitute({**dict.fromkeys(names, ()), names[0]: (("i", 1),)}, padded=False)
+    kernel.loops = {"i": Loop("i", size)}
+    return True
+
+
+def _accesses(kernel: Kernel) -> list[Access]:
+    return [e.attributes["access"] for e in loads(kernel)] + [s.access for s in kernel.stores]
 
 
 # ---- lane
@@ -423,8 +454,7 @@ def _choose_parts(
 
 
 def _lane_accesses(kernel: Kernel, lane: str) -> list[Access]:
-    accesses = [e.attributes["access"] for e in loads(kernel)] + [s.access for s in kernel.stores]
-    return [a for a in accesses if a.stride(lane)]
+    return [a for a in _accesses(kernel) if a.stride(lane)]
 
 
 def _unrolled(
