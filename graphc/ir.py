@@ -87,6 +87,9 @@ class Graph:
         self.name = name
         self._nodes: dict[str, Node] = {}
         self._nx: networkx.MultiDiGraph | None = None  # made when it is asked for
+        # Who reads a value, among the first `_entered` nodes.
+        self._users: dict[Value, list[tuple[Node, int]]] = {}
+        self._entered = 0
         self.outputs: dict[str, Value] = {}
         self.updates: dict[str, Value] = {}
         self.annotations: dict[str, Any] = {}
@@ -102,8 +105,7 @@ class Graph:
         """The graph for networkx's algorithms; to be read, not changed."""
         if self._nx is None:
             self._nx = networkx.MultiDiGraph(name=self.name)
-        missing = len(self._nodes) - len(self._nx)  # the last ones
-        for node in [*itertools.islice(reversed(self._nodes.values()), missing)][::-1]:
+        for node in self._last(len(self._nodes) - len(self._nx)):
             self._nx.add_node(node.name, node=node)
             for slot, value in enumerate(node.inputs):
                 self._nx.add_edge(value.node.name, node.name, slot=slot, output=value.index)
@@ -161,13 +163,24 @@ class Graph:
         return self._sources("state")
 
     def users(self, value: Value) -> list[tuple[Node, int]]:
-        """(consumer, operand slot) of every use of a value, in insertion order of the edges."""
-        name = value.node.name
-        return [
-            (self._nodes[consumer], data["slot"])
-            for _, consumer, data in self.nx.out_edges(name, data=True)
-            if data["output"] == value.index
-        ]
+        """(consumer, operand slot) of every use of a value, in execution order."""
+        return [*self._all_users().get(value, ())]
+
+    def is_read(self, node: Node) -> bool:
+        """Whether another node reads what a node makes."""
+        users = self._all_users()
+        return any(users.get(v) for v in node.outputs)
+
+    def _all_users(self) -> dict[Value, list[tuple[Node, int]]]:
+        for node in self._last(len(self._nodes) - self._entered):
+            for slot, value in enumerate(node.inputs):
+                self._users.setdefault(value, []).append((node, slot))
+        self._entered = len(self._nodes)
+        return self._users
+
+    def _last(self, count: int) -> list[Node]:
+        """The last nodes, in order."""
+        return [*itertools.islice(reversed(self._nodes.values()), count)][::-1]
 
     @property
     def results(self) -> list[Value]:
@@ -281,6 +294,11 @@ class Graph:
 
     def remove(self, node: Node) -> None:
         """Remove a node that nothing reads."""
+        if self._entered:
+            users = self._all_users()
+            for value in node.inputs:
+                users[value] = [(user, slot) for user, slot in users[value] if user is not node]
+            self._entered -= 1
         del self._nodes[node.name]
         if self._nx is not None and node.name in self._nx:
             self._nx.remove_node(node.name)
@@ -460,7 +478,8 @@ class Graph:
             node.inputs = node.outputs = ()
         if self._nx is not None:
             self._nx.clear()
-        self._nodes, self._nx, self.outputs, self.updates = {}, None, {}, {}
+        self._nodes, self._users, self._entered = {}, {}, 0
+        self._nx, self.outputs, self.updates = None, {}, {}
 
     # ---- text, equality, bytes
 

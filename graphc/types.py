@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 Dimension = int | str
 Axis = int | Iterable[int] | None
-DTYPES = ("float32", "float64", "int32", "int64", "bool")
+_ITEMSIZE = {"float32": 4, "float64": 8, "int32": 4, "int64": 8, "bool": 1}
+DTYPES = tuple(_ITEMSIZE)
 _SHORT = {"float32": "f32", "float64": "f64", "int32": "i32", "int64": "i64", "bool": "bool"}
 
 
@@ -39,7 +40,7 @@ class TensorType:
 
     @property
     def itemsize(self) -> int:
-        return np.dtype(self.dtype).itemsize
+        return _ITEMSIZE[self.dtype]
 
     @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -140,7 +141,12 @@ ALIGNMENT = 64
 def block_bytes(value: Value) -> int:
     """Bytes of a value in its layout, padded lanes included, rounded up to the alignment; of one
     thread's copy, where threads have memory of their own."""
-    size = value.type.itemsize * math.prod(value.layout.physical_shape(value.sizes))
+    return _block_bytes(value.layout, value.sizes, value.type.itemsize)
+
+
+@functools.lru_cache(1 << 14)
+def _block_bytes(layout: Layout, sizes: tuple[int, ...], itemsize: int) -> int:
+    size = itemsize * math.prod(layout.physical_shape(sizes))
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 

@@ -198,5 +198,5 @@ def _discard_unused(graph: Graph, start: int, keep: Sequence[Value]) -> None:
     for node in reversed(graph.nodes[start:]):
         if node.op in SOURCES and node.op != "constant":
             continue
-        if node.name not in kept and graph.nx.out_degree(node.name) == 0:
+        if node.name not in kept and not graph.is_read(node):
             graph.remove(node)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 
 from graphc.ir import Layout
 
@@ -18,6 +19,7 @@ _LINE, _SETS = 64, 64
 _LINES = 5
 
 
+@cache
 def spread(layout: Layout, shape: tuple[int, ...], along: int, itemsize: int = 4) -> Layout:
     """`layout` with the least spare room that spreads neighbours along an axis over the sets.
 

@@ -34,7 +34,7 @@ class GatherUpdates(Pass):
             node.name
             for node in graph
             if node.origin.phase == "update"
-            and not graph.nx.out_degree(node.name)
+            and not graph.is_read(node)
             and results.isdisjoint(node.outputs)
             and self._held(node) <= self.most_bytes
         }

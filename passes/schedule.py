@@ -123,7 +123,7 @@ def edges(graph: Graph, updates_in_place: bool = True) -> tuple[list[list[int]],
         for name, value in graph.updates.items():
             node = value.node
             # Only a node that nothing waits for: more edges into it can never close a cycle.
-            if graph.nx.out_degree(node.name) == 0 and node.op not in SOURCES:
+            if not graph.is_read(node) and node.op not in SOURCES:
                 for reader in readers(graph, graph.node(name)[0]):
                     if reader is not node:
                         edge(position[reader.name], position[node.name])

@@ -52,7 +52,7 @@ def structure(node: Node) -> _Key:
         number = _structures.get(structure)
         if number is None:
             number = next(_numbers)
-            _remember(_structures, structure, number)
+            remember(_structures, structure, number)
         body.annotations["_structure"] = number
     layouts = (*(v.layout for v in node.inputs), *node.layouts)
     return (body.annotations["_structure"], node.attrs["outer"], layouts)
@@ -63,11 +63,11 @@ def lower_node(node: Node) -> Kernel:
 
     Regions of one structure share it: it is not to be changed. Raises CannotLower."""
     key = structure(node)
-    label_body(node)
     kernel = _lowered.get(key)
     if kernel is None:
+        label_body(node)
         kernel = lower_region(node.name, node.attrs["body"], node.attrs["outer"])
-        _remember(_lowered, key, kernel)
+        remember(_lowered, key, kernel)
     return kernel
 
 
@@ -84,11 +84,12 @@ def _schedules(node: Node, lanes: int, threads: int, count: int, most: int) -> l
             (kernel, schedule, render(kernel, schedule, lanes))
             for schedule in rank_schedules(kernel, lanes, threads, block, together, most)
         ]
-        _remember(_scheduled, key, scheduled)
+        remember(_scheduled, key, scheduled)
     return scheduled
 
 
-def _remember(memory: dict[_Key, Any], key: _Key, value: Any) -> None:
+def remember(memory: dict[Any, Any], key: Hashable, value: Any) -> None:
+    """Keep a value for the life of the process, beside others of its kind."""
     if len(memory) >= _MOST:
         memory.clear()
     memory[key] = value
@@ -213,6 +214,7 @@ def rank_launches(graph: Graph, lanes: int, threads: int, most: int) -> list[lis
     launches = []
     for node in graph:
         if node.op == "fused":
+            label_body(node)  # as it was lowered, or one like it
             count = grouped.get(node.name, 0)
             ways = _schedules(node, lanes, threads, count, most)
             launches.append([Launch(node, *way, count) for way in ways])

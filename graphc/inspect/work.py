@@ -8,13 +8,13 @@ that are zero by construction (outside a padded image, zeros of a transform's ma
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 
 import numpy as np
 
 from graphc.codegen import core
 from graphc.codegen.kernel import Access, Kernel
-from graphc.codegen.program import lower_node
+from graphc.codegen.program import lower_node, remember, structure
 from graphc.codegen.reductions import known_factor
 from graphc.expr import FUNCTIONS, Expr, Index
 from graphc.ir import SOURCES, Graph, Node, Value
@@ -23,6 +23,8 @@ _FREE = frozenset(
     "select cast lt le gt ge eq ne bit_xor shift_left shift_right rotate_left".split()
 )
 _FREE |= {"and_", "or_", "not_", "xor_"}
+
+_seconds: dict[Hashable, float] = {}  # predictions by what they depend on
 
 
 def points(kernel: Kernel, loops: Iterable[str]) -> int:
@@ -170,7 +172,12 @@ def predicted_seconds(node: Node, lanes: int, threads: int) -> float:
 
     Good for comparing kernels, and for shares of a step; the machine's own figures are in
     `graphc.bench.machine`."""
-    kernel = lower_node(node)
-    arithmetic = kernel_flops(kernel, node) / (2 * core.MULTIPLY_ADDS_PER_CYCLE * lanes)
-    memory = kernel_bytes(kernel, node) / core.L3_BYTES_PER_CYCLE
-    return max(arithmetic, memory) / (core.CLOCK * threads)
+    key = (structure(node), lanes, threads)
+    seconds = _seconds.get(key)
+    if seconds is None:
+        kernel = lower_node(node)
+        arithmetic = kernel_flops(kernel, node) / (2 * core.MULTIPLY_ADDS_PER_CYCLE * lanes)
+        memory = kernel_bytes(kernel, node) / core.L3_BYTES_PER_CYCLE
+        seconds = max(arithmetic, memory) / (core.CLOCK * threads)
+        remember(_seconds, key, seconds)
+    return seconds

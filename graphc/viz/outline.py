@@ -48,7 +48,7 @@ def is_inlined(node: Node) -> bool:
     """Whether a node is shown where it is used: parameters, states, constants, learning rates."""
     if node.op == "input":
         return node.types[0].shape == () and "default" in node.attrs
-    return node.op == "constant" or (node.op in SOURCES and node.graph.nx.out_degree(node.name) > 0)
+    return node.op == "constant" or (node.op in SOURCES and node.graph.is_read(node))
 
 
 def place_of(node: Node) -> Place:
