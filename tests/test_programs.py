@@ -366,3 +366,29 @@ def test_a_kernel_that_was_written_down_gives_the_same_source() -> None:
         (same,) = rank_schedules(expected, 8, 2)
         assert schedule == same
         assert render(kernel, schedule, 8) == render(expected, same, 8)
+
+
+def test_a_deeper_network_of_the_family_needs_no_new_kernels(monkeypatch):
+    """Counted from their sources, before any is compiled."""
+
+    class Counted(Exception):
+        pass
+
+    wanted: list[set[str]] = []
+
+    def load(sources, progress):
+        wanted.append({source.source for source in sources})
+        raise Counted
+
+    monkeypatch.setattr("graphc.runtime.cpu.load_kernels", load)
+    for network in (gc.zoo.resnet20, gc.zoo.resnet32):
+        with pytest.raises(Counted):
+            gc.compile(
+                network(),
+                outputs=["loss"],
+                dims={"N": 16},
+                loss="loss",
+                optimizer=gc.optim.SGD(0.1, momentum=0.9),
+                threads=2,
+            )
+    assert len(wanted[0]) > 50 and not wanted[1] - wanted[0]
