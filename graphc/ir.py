@@ -76,6 +76,13 @@ def root(value: Value) -> Value:
     return value
 
 
+def strips(node: Node) -> int:
+    """Into how many strips of each image the work of a region falls: the first axis of what a node
+    with the attribute `strips` makes counts the strips of all images."""
+    values = (*map(root, node.inputs), *node.outputs)
+    return max((v.node.attrs.get("strips", 1) for v in values), default=1)
+
+
 class Graph:
     """A static dataflow graph under construction or transformation.
 
@@ -545,12 +552,17 @@ class Graph:
         printer.text(str(self))
 
 
-def label_body(node: Node) -> None:
-    """Give the operands and results inside a region the layouts they have outside."""
+def label_body(node: Node, whole: bool = False) -> None:
+    """Give the operands and results inside a region the layouts they have outside; `whole`: as if
+    all of each were kept."""
     body: Graph = node.attrs["body"]
+
+    def label(layout: Layout) -> Layout:
+        return replace(layout, copies=0) if whole else layout
+
     for source, operand in zip(body.inputs.values(), node.inputs, strict=True):
-        source.layouts = (operand.layout,)
+        source.layouts = (label(operand.layout),)
     for value, layout in zip(body.outputs.values(), node.layouts, strict=True):
         layouts = list(value.node.layouts)
-        layouts[value.index] = layout
+        layouts[value.index] = label(layout)
         value.node.layouts = tuple(layouts)

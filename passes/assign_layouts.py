@@ -56,6 +56,16 @@ def contraction(node: Node) -> Node | None:
     return next((n for n in node.attrs["body"] if n.op in CONTRACTIONS), None)
 
 
+def _strips(node: Node, inputs: tuple[Value, ...]) -> int:
+    """How many strips of each image the first axis of what a region makes counts."""
+    inner = contraction(node)
+    if inner is None or inner.op == "patch_transform_grad":
+        return 1
+    if inner.op != "matmul":
+        return inner.attrs.get("strips", 1)
+    return max((v.node.attrs.get("strips", 1) for v in inputs), default=1)
+
+
 def _cost(graph: Graph, mode: str, lanes: int, batch: int | None) -> float:
     """Multiply-adds, weighted by how badly a layout fills the lanes.
 
@@ -154,6 +164,9 @@ class _Assign:
                 inner = contraction(node)
                 parts = inner is not None and inner.op == "batch_parts"
                 copy.attrs["batched"] = parts or all(v in self.batched for v in copy.outputs)
+                strips = _strips(node, copy.inputs)
+                if strips > 1:
+                    copy.attrs["strips"] = strips
         for name, value in self.graph.outputs.items():
             self.new.outputs[name] = self.convert(self.mapping[value], ROWS)
         for name, value in self.graph.updates.items():
@@ -163,19 +176,22 @@ class _Assign:
 
     def _is_batched(self, node: Node, value: Value) -> bool:
         """Whether axis 0 of a value counts the images of the batch."""
-        if self.batch is None or not value.shape or value.shape[0] != self.batch:
+        if self.batch is None or not value.shape:
+            return False
+        inner = contraction(node)
+        made_of = tuple(self.mapping[v] for v in node.inputs)
+        if value.shape[0] != self.batch * _strips(node, made_of):
             return False
         if node.op == "input":
             return True
         if node.op in ("parameter", "state", "constant"):
             return False
-        inner = contraction(node)
         if inner is not None and inner.op.endswith(("weight_grad", "batch_parts")):
             return False
         if inner is not None and inner.op == "matmul" and inner.types[0].rank == 2:
             left = inner.inputs[0]
             return left.node.op == "input" and self._operand(node, left) in self.batched
-        return any(self.mapping[v] in self.batched for v in node.inputs)
+        return any(v in self.batched for v in made_of)
 
     def _operand(self, node: Node, value: Value) -> Value:
         names = list(node.attrs["body"].inputs)
@@ -368,6 +384,7 @@ class _Assign:
             body.output(result0=body.add("expand", (operand,), {"shape": value.shape})[0])
             with self.new.origin(value.node.origin):
                 attrs = {"body": body, "kind": "convert_layout", "outer": value.shape}
+                attrs["batched"] = value in self.batched
                 node = self.new.add(
                     "fused",
                     (value,),

@@ -13,15 +13,28 @@ from passes.base import Pass, note
 BATCH, CHANNELS = "batch", "channels"
 # The most interpolation points: with 9 the error stays within a few 1e-6 of the largest output.
 MOST_POINTS = 9
+# And of a patch along each axis: 7 x 7 points round no more than 9 along rows.
+MOST_PATCH_POINTS = 7
 # Predicted cost relative to the direct convolution below which a rewrite is worth its transforms.
 WORTH = 0.85
-# Multiply-adds that a core makes while it reads one transformed weight from memory.
-_WEIGHT = 10.0
+# Multiply-adds that a core makes while it reads a transformed weight from memory, or from the cache
+# that the cores share, where those of a layer fit it, or makes it in each step.
+_WEIGHT, _NEAR, _MADE = 18.0, 3.0, 20.0
+_SHARED_CACHE = 4_000_000  # bytes
+# Of patches of a batch that meet weights from memory, all are away when the next image's come.
+_AWAY = 1.25
+# While a value is transformed, by points of an axis: of an image, of a product.
+_IMAGE, _PRODUCT = 2.8, 1.8
+# Of patches of an image that the shared cache does not hold all go through memory twice.
+_FAR_IMAGE = 2.5
+# Bytes of the patches and products of a strip, and of the transformed weights that all strips of an
+# image meet, which a core's own cache holds together.
+_STRIP, _STRIP_WEIGHTS = 250_000, 200_000
 # And while the two transforms of patches are launched, with a barrier each.
 _LAUNCHES = 50_000.0
-# With channels in the lanes, patches of so many channels take twice their multiply-adds: what is
+# With channels in the lanes, sums over so many channels take twice their multiply-adds: what is
 # done around a short sum is no shorter.
-_SHORT = 24.0
+_SHORT = 2.5
 # With the batch in the lanes, what writing and reading a value costs where those of one vector of
 # images take more bytes than a level of the caches keeps.
 _FAR = ((1_500_000, 12.0), (8_000_000, 44.0))
@@ -98,8 +111,9 @@ class ChooseConvolutions(Pass):
             if is_short(node) and mode == BATCH:
                 costs |= _by_rows(node, self.lanes)
                 costs |= by_split_patches(oc, ic, taps, oh, ow, self.lanes)
-            elif is_short(node) and oc >= self.lanes:
-                costs |= by_patches(oc, ic, taps, oh, ow, images, not self.training)
+            elif mode == CHANNELS and is_short(node, strided=True) and oc >= self.lanes:
+                size = phases(node, oc, ic, taps)
+                costs |= by_patches(*size, oh, ow, images, not self.training)
             result[node.name] = {k: images * c for k, c in costs.items()}
         return result
 
@@ -109,12 +123,21 @@ def tile_size(algorithm: str) -> int:
     return int(algorithm[2 : algorithm.index(",")])
 
 
-def is_short(node: Node) -> bool:
-    """Whether a convolution or a gradient of one has stride 1 and a square kernel of 3 or more."""
+def is_short(node: Node, strided: bool = False) -> bool:
+    """Whether a convolution or a gradient of one has a square kernel of 2 or more taps for each
+    pixel of its stride, which is 1 unless it may be `strided`."""
     weight = node.types[0] if node.op == "conv2d_weight_grad" else node.inputs[1].type
     a, taps = node.attrs, weight.sizes[2:]
-    plain = a["stride"] == (1, 1) and a["dilation"] == (1, 1) and a["groups"] == 1
-    return plain and taps[0] == taps[1] and taps[0] >= 3
+    stride = a["stride"][0]
+    plain = a["stride"] == (stride, stride) and a["dilation"] == (1, 1) and a["groups"] == 1
+    square = taps[0] == taps[1] and taps[0] > stride
+    return plain and square and (stride == 1 or strided)
+
+
+def phases(node: Node, oc: int, ic: int, taps: int) -> tuple[int, int, int]:
+    """(output channels, input channels, taps) of the convolution of stride 1 over phases."""
+    stride = node.attrs["stride"][0]
+    return oc, ic * stride**2, -(-taps // stride)
 
 
 def _sizes(node: Node) -> tuple[int, ...]:
@@ -174,21 +197,35 @@ def by_patches(
     they are `prepared` they are also made and written in each call. So are the launches of the
     transforms, which a direct convolution does not have."""
     costs = {}
-    for m in (2, 4):
-        points = (m + taps - 1) ** 2
-        if m + taps - 1 > 6:
-            break
-        tiles = -(-oh // m) * -(-ow // m)
-        products = oc * ic * points * tiles
-        transforms = (ic + oc) * points * tiles * 4
-        weights = oc * ic * points * _WEIGHT / images
-        made = 0.0 if prepared else 2 * weights
+    for m in range(2, MOST_PATCH_POINTS + 2 - taps):
+        points = m + taps - 1
+        patches = points**2 * -(-oh // m) * -(-ow // m)
+        weights = oc * ic * points**2
+        far = 4 * weights > _SHARED_CACHE
+        products = oc * ic * patches * (1 + _SHORT / ic) * (_AWAY if far and images > 1 else 1.0)
+        read = weights * (_WEIGHT if far else _NEAR) / images
+        transforms = patches * points * (_IMAGE * ic + _PRODUCT * oc)
+        if 4 * patches * (ic + oc) > _SHARED_CACHE and strip_count(oc, ic, taps, m, oh, ow) == 1:
+            transforms *= _FAR_IMAGE
+        made = 0.0 if prepared else weights * _MADE / images
         ragged = oc * oh * ow * 3.0 if oh % m or ow % m else 0.0
-        launches = _LAUNCHES / images
-        short = 1 + _SHORT / min(ic, oc)
-        cost = short * (max(products, weights) + transforms) + ragged + made + launches
-        costs[f"F({m},{taps}) patches"] = float(cost)
+        multiplied = max(products, read) + 0.1 * min(products, read)
+        cost = multiplied + transforms + ragged + made + _LAUNCHES / images
+        costs[f"F({m},{taps}) patches"] = cost
     return costs
+
+
+def strip_count(oc: int, ic: int, taps: int, m: int, oh: int, ow: int) -> int:
+    """Into how many strips the patches of an image are cut, to stay in a core's own cache.
+
+    A strip is some rows of patches or an equal part of one; 1 where weights would not stay too."""
+    points, rows, columns = (m + taps - 1) ** 2, -(-oh // m), -(-ow // m)
+    patches = 4 * points * (ic + oc) * rows * columns
+    if patches <= 4 * _STRIP or 4 * points * ic * oc > _STRIP_WEIGHTS:
+        return 1
+    counts = [s for s in range(1, rows) if rows % s == 0]
+    counts += [rows * s for s in range(1, columns) if columns % s == 0]
+    return next((s for s in counts if patches <= s * _STRIP), 1)
 
 
 def by_split_patches(oc: int, ic: int, taps: int, oh: int, ow: int, lanes: int) -> dict[str, float]:

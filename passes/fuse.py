@@ -27,7 +27,9 @@ WINDOWS = frozenset({"max_pool2d", "max_pool2d_argmax", "avg_pool2d"})
 TRANSPOSED_WINDOWS = frozenset({"max_unpool2d", "avg_pool2d_grad"})
 REDUCTIONS = frozenset({"sum", "max", "min", "prod", "argmax"})
 # Index maps: they cost nothing where they are read, so every reader gets its own copy.
-VIEWS = frozenset({"transpose", "expand", "squeeze", "unsqueeze", "slice"})
+VIEWS = frozenset({"transpose", "expand", "squeeze", "unsqueeze", "slice", "depth_to_space"})
+# Channels of one phase that fill whole vectors of any machine.
+_WHOLE = 16
 # Functions of one element that cost no more than reading their result would.
 CHEAP = frozenset({"lt", "le", "gt", "ge", "eq", "ne", "logical_not", "cast", "one_hot"})
 UPDATE = "update"
@@ -80,6 +82,8 @@ def is_view(node: Node) -> bool:
     It renames indices, or compares or casts."""
     if node.op in CHEAP:
         return sum(not _is_scalar_constant(v) for v in node.inputs) == 1
+    if node.op == "space_to_depth":  # phases that share vectors are stored, and fill them then
+        return node.inputs[0].sizes[1] % _WHOLE == 0
     return node.op in VIEWS or (node.op == "reshape" and _only_ones_differ(node))
 
 

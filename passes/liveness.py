@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from graphc.ir import ALIGNMENT, SOURCES, Graph, Node, Value, block_bytes, is_view, root
 
 SizeOf = Callable[[Value], int]
+_Limits = tuple[dict[int, int], dict[int, int]]  # first and last position, by position
 
 
 def storage_bytes(value: Value) -> int:
@@ -29,7 +30,8 @@ class Storage:
 
     `first` and `last` are positions in the execution order, both inclusive: the storage is written
     at `first` and read up to `last`, so two storages may share bytes only if these ranges are
-    disjoint.
+    disjoint. What a group keeps for the block at hand alone (layouts with `copies`) is one storage:
+    each thread's share holds the same `parts`, whose own ranges lie within the group.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Storage:
     first: int
     last: int
     values: list[Value] = field(default_factory=list)
+    parts: list[Storage] = field(default_factory=list)
+    copies: int = 1
 
 
 def storages(
@@ -52,7 +56,8 @@ def storages(
 
     A node's attribute `inplace`, ((output number, operand slot), ...), allows that output to
     overwrite that operand: it does where the operand dies there and both have the same size. A
-    node's attribute `workspace_bytes` is a storage that lives at its position alone.
+    node's attribute `workspace_bytes` is a storage that lives at its position alone. The size of
+    scratch memory is the least that its parts need.
     outputs_live: outputs and updates stay readable until the end of the step (else until the last
     node that reads them: the caller copies them out as they are made).
     updates_in_place: leave out updates that can be computed straight into the parameter or state
@@ -83,25 +88,59 @@ def storages(
         if workspace:
             name = f"{node.name}.workspace"
             result.append(Storage(name, aligned(workspace), position, position))
-    begin, end = group_limits(graph, nodes)
-    for storage in result:
-        storage.first = begin.get(storage.first, storage.first)
-        storage.last = end.get(storage.last, storage.last)
+    return _in_groups(result, group_limits(graph, nodes), _run_limits(graph, nodes))
+
+
+def _in_groups(pieces: list[Storage], groups: _Limits, runs: _Limits) -> list[Storage]:
+    """Let storages of groups live through all of it; those of one thread become parts of one.
+
+    A thread runs the kernels of its block in their order, so there they follow each other, but for
+    runs that go through the block strip by strip."""
+    begin, end = groups
+    result: list[Storage] = []
+    scratch: dict[int, Storage] = {}
+    for piece in pieces:
+        copies = piece.values[0].layout.copies if piece.values else 0
+        first, last = begin.get(piece.first, piece.first), end.get(piece.last, piece.last)
+        if not copies:
+            piece.first, piece.last = first, last
+            result.append(piece)
+            continue
+        piece.size //= copies
+        piece.first = runs[0].get(piece.first, piece.first)
+        piece.last = runs[1].get(piece.last, piece.last)
+        if first not in scratch:
+            scratch[first] = Storage(f"{piece.name}.scratch", 0, first, last, copies=copies)
+            result.append(scratch[first])
+        scratch[first].parts.append(piece)
+    for whole in scratch.values():
+        whole.size = whole.copies * peak_bytes(whole.parts, whole.last)
     return result
 
 
-def group_limits(graph: Graph, nodes: list[Node]) -> tuple[dict[int, int], dict[int, int]]:
+def group_limits(graph: Graph, nodes: list[Node]) -> _Limits:
     """First and last position of the group that a position belongs to.
 
     A group runs block by block: its first kernel writes its last block after its last kernel has
     read the first one, so all its values live at once."""
     position = {node.name: i for i, node in enumerate(nodes)}
+    groups = graph.annotations.get("groups", ())
+    return _limits([[position[name] for name in names] for _, names in groups])
+
+
+def _run_limits(graph: Graph, nodes: list[Node]) -> _Limits:
+    """The same of runs within groups that go through a block strip by strip."""
+    position = {node.name: i for i, node in enumerate(nodes)}
+    runs = graph.annotations.get("strips", {})
+    return _limits([[position[n], position[n] + length - 1] for n, (_, length) in runs.items()])
+
+
+def _limits(members: list[list[int]]) -> _Limits:
     begin: dict[int, int] = {}
     end: dict[int, int] = {}
-    for _, names in graph.annotations.get("groups", ()):
-        members = [position[name] for name in names]
-        begin.update((i, members[0]) for i in range(members[0], members[-1] + 1))
-        end.update((i, members[-1]) for i in range(members[0], members[-1] + 1))
+    for first, *_, last in members:
+        begin.update(dict.fromkeys(range(first, last + 1), first))
+        end.update(dict.fromkeys(range(first, last + 1), last))
     return begin, end
 
 

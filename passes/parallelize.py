@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from graphc.ir import SOURCES, Graph, Node, root
+from graphc.ir import SOURCES, Graph, Node, root, strips
 from passes.base import Pass, note
 from passes.liveness import storage_bytes
 from passes.schedule import edges, readers
@@ -23,7 +23,9 @@ class Parallelize(Pass):
     apart, or None. Ensures: the same nodes in an order that respects operands;
     `graph.annotations["groups"]` is a tuple of (number of blocks, node names): the nodes of a group
     follow each other, and thread t may run all of them on its first block, then on its second,
-    while the block is still in its cache.
+    while the block is still in its cache. `graph.annotations["strips"]` has runs within groups that
+    go through an image strip by strip: by the name of the first node (number of strips, of nodes).
+    The strips of a batch of one image are its blocks.
     """
 
     blocks: Callable[[Node], int | None]
@@ -41,6 +43,9 @@ class Parallelize(Pass):
         new.annotations["groups"] = tuple(
             (self._shares(new, blocks, names), names) for blocks, names in groups
         )
+        new.annotations["strips"] = {
+            name: run for _, names in groups for name, run in _strip_runs(new, names)
+        }
         note(new, f"{sum(len(names) for _, names in groups)} kernels run block by block")
         return new
 
@@ -49,6 +54,8 @@ class Parallelize(Pass):
 
         Two blocks a share let a register tile read each weight once for both; they pay where their
         values stay in the cache and every thread still gets as many."""
+        if any(strips(graph.node(name)) > 1 for name in names):
+            return blocks
         total = sum(storage_bytes(v) for name in names for v in graph.node(name).outputs)
         fits = 2 * total // blocks <= self.cache_bytes
         return blocks // 2 if fits and blocks % (2 * self.threads) == 0 else blocks
@@ -197,7 +204,7 @@ def _groups(graph: Graph, counts: dict[str, int | None]) -> tuple[tuple[int, tup
         if not _runs(node):
             continue
         count = counts[node.name]
-        if count != current or count is None:
+        if count != current or count is None or (_one_image(node) and _begins_strips(node)):
             if current is not None and len(run) >= SHORTEST:
                 groups.append((current, tuple(run)))
             run, current = [], count
@@ -205,3 +212,27 @@ def _groups(graph: Graph, counts: dict[str, int | None]) -> tuple[tuple[int, tup
     if current is not None and len(run) >= SHORTEST:
         groups.append((current, tuple(run)))
     return tuple(groups)
+
+
+def _begins_strips(node: Node) -> bool:
+    """Whether a node cuts whole images into strips."""
+    return "strips" in node.attrs and not any("strips" in root(v).node.attrs for v in node.inputs)
+
+
+def _one_image(node: Node) -> bool:
+    return strips(node) > 1 and node.types[0].sizes[0] == node.attrs.get("strips", 1)
+
+
+def _strip_runs(graph: Graph, names: tuple[str, ...]) -> Iterator[tuple[str, tuple[int, int]]]:
+    """(first node, (number of strips, of nodes)) of the runs of a group that go strip by strip."""
+    first, length, count = "", 0, 1
+    for name in (*names, ""):
+        node = graph.node(name) if name else None
+        if node and length and strips(node) == count and not _begins_strips(node):
+            length += 1
+            continue
+        if length > 1:
+            yield first, (count, length)
+        length = 0
+        if node and _begins_strips(node) and not _one_image(node):
+            first, length, count = name, 1, strips(node)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -38,7 +38,8 @@ class Placement:
     """Where one storage lies: bytes, its lifetime in positions (inclusive), offset in the arena.
 
     `shares` names the values that live in it one after another (computed in place); `name` is the
-    first.
+    first. Scratch memory of a group has `parts`, where they lie in the share of the first of
+    `copies` threads; the others' shares follow.
     """
 
     name: str
@@ -47,6 +48,8 @@ class Placement:
     last: int
     offset: int
     shares: tuple[str, ...] = ()
+    parts: tuple[Placement, ...] = ()
+    copies: int = 1
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,9 @@ class MemoryPlan:
     arena_bytes: size of the arena. lower_bound: bytes of the largest set of values that live at the
     same time; no plan for this order needs less. total_without_reuse: bytes if every value had its
     own memory. offsets: byte offset by (node name, output number); views have the offset of what
-    they view. in_place_updates: parameters and states whose update is computed straight into their
-    own storage.
+    they view, values of which threads have copies that of the first one. steps: bytes from such a
+    copy to the next. in_place_updates: parameters and states whose update is computed straight into
+    their own storage.
     """
 
     arena_bytes: int
@@ -66,36 +70,26 @@ class MemoryPlan:
     lifetimes: tuple[Placement, ...]
     offsets: dict[tuple[str, int], int]
     in_place_updates: tuple[str, ...] = ()
+    steps: dict[tuple[str, int], int] = field(default_factory=dict)
 
     def offset(self, value: Value) -> int | None:
         """Byte offset of a value; None for what is not in the arena (sources, updates in place)."""
         return self.offsets.get((value.node.name, value.index))
+
+    def step(self, value: Value) -> int:
+        """Bytes from one thread's copy of a value to the next; 0 where all share it."""
+        return self.steps.get((value.node.name, value.index), 0)
 
     def workspace_offset(self, node: Node) -> int | None:
         """Byte offset of a node's workspace, if it asked for one with `workspace_bytes`."""
         return self.offsets.get((f"{node.name}.workspace", 0))
 
     def check(self) -> None:
-        """Prove that no two storages that live at the same time overlap and all lie in the arena.
+        """Prove that no two storages that live at the same time overlap and all lie in the arena,
+        and the same of the parts of scratch memory.
 
-        Raises AssertionError naming the two. Compares each storage with those live when it begins.
-        """
-        events = sorted(self.lifetimes, key=lambda p: p.first)
-        live: list[Placement] = []
-        for placed in events:
-            inside = 0 <= placed.offset and placed.offset + placed.bytes <= self.arena_bytes
-            assert inside, f"{placed.name} lies outside the arena"
-            assert placed.offset % ALIGNMENT == 0, f"{placed.name} is not aligned"
-            live = [p for p in live if p.last >= placed.first]
-            for other in live:
-                apart = (
-                    placed.offset + placed.bytes <= other.offset
-                    or other.offset + other.bytes <= placed.offset
-                )
-                assert apart, (
-                    f"{placed.name} and {other.name} share bytes at position {placed.first}"
-                )
-            live.append(placed)
+        Raises AssertionError naming the two."""
+        _check(self.lifetimes, 0, self.arena_bytes, "the arena")
 
     def report(self, rows: int = 12) -> str:
         """Text: a summary line, then the `rows` largest storages."""
@@ -106,6 +100,9 @@ class MemoryPlan:
         ]
         for p in largest:
             also = f"  in place: {', '.join(p.shares[1:])}" if len(p.shares) > 1 else ""
+            if p.parts:
+                threads = f"{p.copies} threads" if p.copies > 1 else "one thread"
+                also = f"  for {threads}, one after another: {', '.join(p.shares)}"
             lines.append(
                 f"  {p.offset:>12} +{_bytes(p.bytes):<10} live {p.first}..{p.last}  {p.name}{also}"
             )
@@ -161,10 +158,16 @@ def plan_memory(
         for piece in pieces:
             piece.first, piece.last = 0, len(graph)
     bound = peak_bytes(pieces, len(graph))
+    within = [_place_parts(piece) for piece in pieces]
     offsets = place(pieces, live_bytes(pieces, len(graph)))
     where: dict[tuple[str, int], int] = {}
-    for piece, offset in zip(pieces, offsets, strict=True):
+    steps: dict[tuple[str, int], int] = {}
+    for piece, offset, inner in zip(pieces, offsets, within, strict=True):
         where.update(((v.node.name, v.index), offset) for v in piece.values)
+        for part, at in zip(piece.parts, inner, strict=True):
+            keys = [(v.node.name, v.index) for v in part.values]
+            where.update((key, offset + at) for key in keys)
+            steps.update((key, piece.size // piece.copies) for key in keys)
         if not piece.values:
             where[piece.name, 0] = offset
     for node in graph:
@@ -172,18 +175,38 @@ def plan_memory(
             base = root(value)
             if base != value and (base.node.name, base.index) in where:
                 where[node.name, value.index] = where[base.node.name, base.index]
-    lifetimes = tuple(
-        Placement(p.name, p.size, p.first, p.last, offset, tuple(v.name for v in p.values))
-        for p, offset in zip(pieces, offsets, strict=True)
-    )
+    lifetimes = tuple(map(_placement, pieces, offsets, within))
     return MemoryPlan(
         arena_bytes=max((p.offset + p.bytes for p in lifetimes), default=0),
         lower_bound=bound,
-        total_without_reuse=sum(p.size * max(1, len(p.values)) for p in pieces),
+        total_without_reuse=sum(
+            p.size * max(1, len(p.values)) * whole.copies
+            for whole in pieces
+            for p in (whole.parts or [whole])
+        ),
         lifetimes=lifetimes,
         offsets=where,
         in_place_updates=tuple(updated_in_place(graph)) if updates_in_place else (),
+        steps=steps,
     )
+
+
+def _place_parts(piece: Storage) -> list[int]:
+    """Offsets of a storage's parts in a thread's share of it, which gets the size they take."""
+    offsets = place(piece.parts, live_bytes(piece.parts, piece.last))
+    if offsets:
+        ends = (at + part.size for at, part in zip(offsets, piece.parts, strict=True))
+        piece.size = piece.copies * max(ends)
+    return offsets
+
+
+def _placement(piece: Storage, offset: int, within: Sequence[int] = ()) -> Placement:
+    parts = tuple(
+        _placement(part, offset + at) for part, at in zip(piece.parts, within, strict=True)
+    )
+    names = [v.name for p in (piece, *piece.parts) for v in p.values]
+    limits = piece.first, piece.last
+    return Placement(piece.name, piece.size, *limits, offset, tuple(names), parts, piece.copies)
 
 
 def place(pieces: Sequence[Storage], live: Sequence[int]) -> list[int]:
@@ -281,6 +304,25 @@ def _best_fit(
         offsets[i] = offset
         arena = max(arena, offset + size)
     return offsets, arena
+
+
+def _check(lifetimes: Sequence[Placement], begin: int, end: int, where: str) -> None:
+    """Compares each storage with those live when it begins; all lie between `begin` and `end`."""
+    live: list[Placement] = []
+    for placed in sorted(lifetimes, key=lambda p: p.first):
+        inside = begin <= placed.offset and placed.offset + placed.bytes <= end
+        assert inside, f"{placed.name} lies outside {where}"
+        assert placed.offset % ALIGNMENT == 0, f"{placed.name} is not aligned"
+        live = [p for p in live if p.last >= placed.first]
+        for other in live:
+            apart = (
+                placed.offset + placed.bytes <= other.offset
+                or other.offset + other.bytes <= placed.offset
+            )
+            assert apart, f"{placed.name} and {other.name} share bytes at position {placed.first}"
+        live.append(placed)
+        share = placed.offset + placed.bytes // placed.copies
+        _check(placed.parts, placed.offset, share, f"the first share of {placed.name}")
 
 
 def _bytes(size: int) -> str:

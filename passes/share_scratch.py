@@ -14,7 +14,8 @@ class ShareScratch(Pass):
     """Values that only their own group reads are kept for the block at hand alone.
 
     Requires: groups (`Parallelize`), memory not planned yet. Ensures: the same graph; such values
-    have a layout with `copies=threads`: one block for each thread, overwritten by the next block.
+    have a layout with `copies=threads`: one block for each thread, overwritten by the next block;
+    one strip, where all is done to it before the next.
     They never leave the cache, and the arena holds a few blocks instead of the whole batch.
     """
 
@@ -27,6 +28,11 @@ class ShareScratch(Pass):
             for number, (_, names) in enumerate(new.annotations.get("groups", ()))
             for name in names
         }
+        run_of: dict[str, str] = {}
+        for first, (_, length) in new.annotations.get("strips", {}).items():
+            names = new.annotations["groups"][group_of[first]][1]
+            begin = names.index(first)
+            run_of |= dict.fromkeys(names[begin : begin + length], first)
         kept = set(new.results)
         before = after = 0
         for number, (shares, names) in enumerate(new.annotations.get("groups", ())):
@@ -37,6 +43,9 @@ class ShareScratch(Pass):
                     family = _views(new, value)
                     users = [user for v in family for user, _ in new.users(v) if not is_view(user)]
                     inside = all(group_of.get(user.name) == number for user in users)
+                    together = all(run_of.get(user.name) == run_of.get(name) for user in users)
+                    if name in run_of and "strips" in node.attrs and together:
+                        blocks //= node.attrs["strips"]
                     if shares != blocks or not inside or kept & set(family):
                         continue
                     before += storage_bytes(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from graphc.ir import Graph, Node, Value
+from graphc.ops.depth import space_to_depth
 from graphc.ops.winograd import (
     conv2d_by_patches,
     conv2d_input_grad_by_patches,
@@ -20,7 +21,9 @@ from passes.choose_convolutions import (
     cut,
     framed,
     is_short,
+    phases,
     predicted_best,
+    strip_count,
     tile_size,
 )
 
@@ -48,7 +51,7 @@ class WinogradConvolutions(Pass):
 
         def visit(new: Graph, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...] | None:
             rewrite = _REWRITES.get(node.op)
-            if rewrite is None or not is_short(node):
+            if rewrite is None or not is_short(node, mode == CHANNELS and node.op == "conv2d"):
                 return None
             if mode == CHANNELS and min(_channels(node)) < self.lanes:
                 return None
@@ -65,8 +68,8 @@ class WinogradConvolutions(Pass):
         out_channels, channels, taps, _ = _weight(node)
         height, width = _pixels(node)
         images = node.inputs[0].sizes[0]
-        shape = out_channels, channels, taps, height, width
         costs = {"direct": float(out_channels * channels * taps * taps * height * width)}
+        shape = *phases(node, out_channels, channels, taps), height, width
         if mode == BATCH:
             costs |= by_split_patches(*shape, self.lanes)
         else:
@@ -80,8 +83,9 @@ def _weight(node: Node) -> tuple[int, ...]:
 
 
 def _channels(node: Node) -> tuple[int, int]:
+    """Output and input channels of the convolution of stride 1."""
     out_channels, channels, _, _ = _weight(node)
-    return out_channels, channels
+    return out_channels, channels * node.attrs["stride"][0] ** 2
 
 
 def _pixels(node: Node) -> tuple[int, int]:
@@ -96,10 +100,17 @@ def _whole(pixels: tuple[int, ...], outputs: int, taps: int) -> tuple[int, int]:
 
 def _forward(node: Node, inputs: tuple[Value, ...], m: int, split: bool) -> Value:
     x, weight = inputs
-    pixels = node.types[0].sizes[2:]
+    stride, pixels = node.attrs["stride"][0], node.types[0].sizes[2:]
+    taps = -(-weight.sizes[3] // stride)
     (top, _), (left, _) = node.attrs["padding"]
-    x = framed(x, (top, left), _whole(pixels, m, weight.sizes[3]))
-    return cut(conv2d_by_patches(x, weight, m, split, name=node.name), pixels)
+    height, width = _whole(pixels, m, taps)
+    x = framed(x, (top, left), (stride * height, stride * width))
+    if stride > 1:
+        weight = framed(weight, (0, 0), (stride * taps, stride * taps))
+        x, weight = (space_to_depth(v, stride) for v in (x, weight))
+    oc, ic = weight.sizes[:2]
+    strips = 1 if split else strip_count(oc, ic, taps, m, *pixels)
+    return cut(conv2d_by_patches(x, weight, m, split, strips, name=node.name), pixels)
 
 
 def _input_grad(node: Node, inputs: tuple[Value, ...], m: int, split: bool) -> Value:
@@ -107,7 +118,9 @@ def _input_grad(node: Node, inputs: tuple[Value, ...], m: int, split: bool) -> V
     pixels, taps = node.types[0].sizes[2:], weight.sizes[3]
     (top, _), (left, _) = node.attrs["padding"]
     g = framed(g, (taps - 1 - top, taps - 1 - left), _whole(pixels, m, taps))
-    return cut(conv2d_input_grad_by_patches(g, weight, m, split, name=node.name), pixels)
+    oc, ic = weight.sizes[:2]
+    strips = 1 if split else strip_count(ic, oc, taps, m, *pixels)
+    return cut(conv2d_input_grad_by_patches(g, weight, m, split, strips, name=node.name), pixels)
 
 
 def _weight_grad(node: Node, inputs: tuple[Value, ...], m: int, split: bool) -> Value:

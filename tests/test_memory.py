@@ -378,6 +378,21 @@ def test_networks_are_planned_within_5_percent_of_the_bound(build, batch, traini
         assert plan.arena_bytes <= 1.05 * plan.lower_bound
 
 
+def test_what_a_thread_keeps_of_a_block_follows_each_other():
+    plan, _ = planned(zoo.resnet20(), 9, training=False)
+    plan.check()
+    for scratch in (p for p in plan.lifetimes if p.parts):
+        share = scratch.bytes // scratch.copies
+        assert scratch.copies == 2 and sum(p.bytes for p in scratch.parts) > 2 * share
+        assert all(scratch.first <= p.first <= p.last <= scratch.last for p in scratch.parts)
+        # Nothing is written where another value of the same thread is still to be read.
+        crowded = replace(scratch, parts=tuple(replace(p, offset=0) for p in scratch.parts))
+        with pytest.raises(AssertionError, match="share bytes|outside"):
+            replace(plan, lifetimes=(crowded,)).check()
+        assert {plan.steps[name, 0] for p in scratch.parts for name in p.shares} == {share}
+    assert any(p.parts for p in plan.lifetimes)
+
+
 @pytest.mark.parametrize("name", ["inference", "SGD", "Adam"])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_lenet_is_planned_within_5_percent_of_the_bound(name, in_place):

@@ -437,6 +437,23 @@ def test_convolutions_and_gradients_become_patches(mode, size, padding):
         np.testing.assert_allclose(b[name], a[name], atol=5e-6 * np.abs(a[name]).max())
 
 
+@pytest.mark.parametrize("size", [16, 17, 30])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 1), (7, 2, 3), (7, 3, (2, 0))])
+def test_strided_convolutions_become_patches_of_their_phases(size, kernel, stride, padding):
+    graph = Graph("strided")
+    x, w = graph.input("x", (2, 16, size, size)), graph.input("w", (32, 16, kernel, kernel))
+    graph.output(y=ops.conv2d(x, w, stride=stride, padding=padding))
+    graph.annotations["layout_mode"] = "channels"
+    fewest = lambda node, costs, mode: min(costs.keys() - {"direct"}, key=costs.get)  # noqa: E731
+    step = WinogradConvolutions(lanes=8, choose=fewest)
+    after, _ = Pipeline((step,)).run(graph, verify=True)
+    assert "conv2d" not in [n.op for n in after]
+    rng = np.random.default_rng(7)
+    data = {name: rng.standard_normal(node.types[0].sizes) for name, node in graph.inputs.items()}
+    a, b = (interpret(g, data, dtype="float64").outputs["y"] for g in (graph, after))
+    np.testing.assert_allclose(b, a, atol=5e-6 * np.abs(a).max())
+
+
 @pytest.mark.parametrize("rows", [False, True])
 def test_weight_gradients_sum_by_blocks_and_padded_values_are_stored_once(rows):
     graph = Graph("convolutions")

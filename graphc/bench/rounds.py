@@ -55,7 +55,7 @@ class Plan:
     again: tuple[str, ...] | None = None
 
 
-QUICK = Plan(rounds=5, burst=0.05, again=(OURS,))
+QUICK = Plan(rounds=5, again=(OURS,))
 
 
 @dataclass

@@ -28,7 +28,7 @@ def rank_schedules(
     kernel: Kernel,
     lanes: int,
     threads: int,
-    blocks: str | None = None,
+    blocks: tuple[str, ...] = (),
     together: int = 1,
     most: int = 1,
 ) -> list[Schedule]:
@@ -36,26 +36,26 @@ def rank_schedules(
     lowest predicted cost first; they differ in their register tiles.
 
     May split loops of the kernel.
-    `blocks` names an outermost loop that is shared between threads by itself: the kernel runs
-    within a group, `together` blocks at a time."""
-    keep = {blocks} if blocks else set()
-    collapse(kernel, bounded(kernel) | keep)
+    `blocks` are loops that are shared between threads by themselves: the kernel runs within a
+    group, `together` blocks at a time."""
+    collapse(kernel, bounded(kernel) | {*blocks})
     fixed = bounded(kernel)
     lane = _choose_lane(kernel, lanes, fixed, blocks)
     main = _main_reduction(kernel)
     outer = tuple(n for n in kernel.outer if n != lane)
-    if not blocks:
+    if blocks:
+        outer = (*blocks, *(n for n in outer if n not in blocks))
+    else:
         outer = _ordered(kernel, outer)
+    limits = dict.fromkeys(blocks, together)
     tiles: dict[Tile, float] = {(): 0.0}
     if lane or main:
-        tiles = _rank_tiles(kernel, lane, lanes, fixed, {blocks: together}, outer)
+        tiles = _rank_tiles(kernel, lane, lanes, fixed, limits, outer)
     outside: tuple[str, ...] = ()
     # Bounds checks cut the range of their loops short: outside, most parts would be empty.
     whole = main is None or not fixed.isdisjoint(main.attributes["loops"])
     if main and not whole and min(tiles.values()) > _GOOD and parts.can_be_cut(kernel, main):
-        kept, tiles = _choose_parts(
-            kernel, main, lane, lanes, fixed, {blocks: together}, outer, tiles
-        )
+        kept, tiles = _choose_parts(kernel, main, lane, lanes, fixed, limits, outer, tiles)
         outside = parts.cut(kernel, kept) if kept else ()
     uncut = len(outer)
     outer, tiles = _cut_last(kernel, outer, tiles, fixed)
@@ -67,7 +67,7 @@ def rank_schedules(
         uneven = [i for i, n in enumerate(outer) if n in ends or kernel.loops[n].ragged]
         even = outer[: min(uneven, default=len(outer))]
         trips = [math.ceil(kernel.loops[n].extent / counts.get(n, 1)) for n in even]
-        shared = 1 if blocks else _shared(trips, threads) if threads > 1 else 0
+        shared = len(blocks) or (_shared(trips, threads) if threads > 1 else 0)
         around: tuple[str, ...] = ()
         # Threads do not share parts, whose sums are one.
         order, first = outer, max(1 + len(outer) - uncut, shared)
@@ -257,16 +257,16 @@ def _accesses(kernel: Kernel) -> list[Access]:
 
 
 def _choose_lane(
-    kernel: Kernel, lanes: int, fixed: set[str], blocks: str | None = None
+    kernel: Kernel, lanes: int, fixed: set[str], blocks: tuple[str, ...] = ()
 ) -> str | None:
-    """The loop that costs least in the lanes, for one block of the loop `blocks`; None: scalars."""
+    """The loop that costs least in the lanes, for one iteration of `blocks`; None: scalars."""
     blocked = [s.access.padded for s in kernel.stores if s.access.padded]
     if blocked:
         return blocked[0] if blocked[0] not in fixed else None
     main, argmax = _main_reduction(kernel), _in_argmax(kernel)
     reads = [e.attributes["access"] for e in loads(kernel)]
     factors = [a for f in _factors(main) for a in _operand(f)] if main else []
-    over = kernel.free(main.args[0]) - {blocks} if main else frozenset()
+    over = kernel.free(main.args[0]) - {*blocks} if main else frozenset()
     # Multiply-adds, two a cycle: only lanes make them fewer.
     work = kernel.trips(over) / 2 if main else 0.0
     # A register tile reads an operand of the product again for every few of them.
@@ -277,7 +277,7 @@ def _choose_lane(
         if loop and loop.name in over:
             cost *= math.ceil(loop.extent / lanes) / loop.extent
         for a in [*reads, *(s.access for s in kernel.stores)]:
-            trips: float = kernel.trips(n for n, _ in a.strides if n != blocks)
+            trips: float = kernel.trips(n for n, _ in a.strides if n not in blocks)
             if loop and a.stride(loop.name):
                 near = a.stride(loop.name) == 1
                 if not near and a in factors:
@@ -288,12 +288,14 @@ def _choose_lane(
         if loop and loop.name not in kernel.outer:
             # Lanes are folded once for each element that does not run over them.
             folded = [s.access for s in kernel.stores if not s.access.stride(loop.name)]
-            cost += sum(4.0 * kernel.trips(n for n, _ in a.strides if n != blocks) for a in folded)
+            cost += sum(
+                4.0 * kernel.trips(n for n, _ in a.strides if n not in blocks) for a in folded
+            )
         return cost
 
     best, best_cost = None, cost_in_lanes(None)
     for loop in kernel.loops.values():
-        if loop.name in fixed or loop.name in argmax or loop.name == blocks or loop.extent < 2:
+        if loop.name in fixed or loop.name in argmax or loop.name in blocks or loop.extent < 2:
             continue
         if loop.ragged and loop.extent != lanes:
             continue
@@ -367,7 +369,7 @@ def _rank_tiles(
     lane: str | None,
     lanes: int,
     fixed: set[str],
-    limits: dict[str | None, int],
+    limits: dict[str, int],
     order: tuple[str, ...],
     kept: dict[str, int] | None = None,
 ) -> dict[Tile, float]:
@@ -414,7 +416,7 @@ def _rank_tiles(
     if kept:  # the innermost loop may end with a smaller tile
         outside = candidates if len(order) < 2 else [n for n in candidates if n != order[-1]]
         limits = {**{n: kernel.loops[n].extent for n in outside}, **limits}
-    shared = next((n for n in limits if n), None)
+    shared = next(iter(limits), None)
     cost = TileCost(kernel, main, operands, order, lane, lanes, kept, shared)
     costs: dict[Tile, float] = {}
     for pair in itertools.combinations(candidates, min(2, len(candidates))):
@@ -434,7 +436,7 @@ def _choose_parts(
     lane: str | None,
     lanes: int,
     fixed: set[str],
-    limits: dict[str | None, int],
+    limits: dict[str, int],
     order: tuple[str, ...],
     tiles: dict[Tile, float],
 ) -> tuple[dict[str, int], dict[Tile, float]]:
@@ -444,7 +446,7 @@ def _choose_parts(
     if not ways or lane is None:
         return {}, tiles
     factors = [_operand(factor) for factor in _factors(main)]
-    shared = next((n for n in limits if n), None)
+    shared = next(iter(limits), None)
     costs = [TileCost(kernel, main, factors, order, lane, lanes, kept, shared) for kept in ways]
     # The best few tiles of the smallest parts, the best parts for one of them, their best tile.
     few = list(_rank_tiles(kernel, lane, lanes, fixed, limits, order, ways[-1]))[:_FEW]
@@ -457,9 +459,7 @@ def _lane_accesses(kernel: Kernel, lane: str) -> list[Access]:
     return [a for a in _accesses(kernel) if a.stride(lane)]
 
 
-def _unrolled(
-    kernel: Kernel, lane: str | None, fixed: set[str], limits: dict[str | None, int]
-) -> Tile:
+def _unrolled(kernel: Kernel, lane: str | None, fixed: set[str], limits: dict[str, int]) -> Tile:
     """A few iterations of the innermost outer loop at once.
 
     Independent chains hide latencies and share the work of addresses. Only counts that divide the
@@ -512,7 +512,7 @@ def _constant_matrix(kernel: Kernel, main: Expr, lane: str | None, fixed: set[st
     return tuple(zip(whole, extents)) if rows and max(extents) <= 12 else None
 
 
-def _options(kernel: Kernel, loop: str, limits: dict[str | None, int]) -> list[int]:
+def _options(kernel: Kernel, loop: str, limits: dict[str, int]) -> list[int]:
     most = min(kernel.loops[loop].extent, limits.get(loop, max(_COUNTS)))
     return [c for c in _COUNTS if c <= most and (loop not in limits or most % c == 0)]
 

@@ -11,7 +11,7 @@ from graphc.codegen.kernel import Kernel
 from graphc.codegen.program import Launch
 from graphc.inspect.text import size_text
 from graphc.inspect.work import kernel_bytes, kernel_flops
-from graphc.ir import Node
+from graphc.ir import Node, strips
 from graphc.viz.formats import fused_operators
 
 if TYPE_CHECKING:
@@ -84,7 +84,8 @@ class KernelInfo(RegionInfo):
     tile      (loop, count): unrolled into registers
     order     outer loops as nested, outermost first
     parallel  how many of `order` are shared between the threads; 0: one thread runs it alone
-    blocks    of the batch, where it runs block by block with its neighbours; 0: by itself
+    blocks    of the batch or strips of its images, where it runs through one after the other with
+              its neighbours; 0: by itself
     """
 
     file: str
@@ -101,7 +102,7 @@ class KernelInfo(RegionInfo):
         tile = " x ".join(f"{c} {n}" for n, c in self.tile) or "none"
         shared = " ".join(self.order[: self.parallel]) or "none (one thread)"
         if self.blocks:
-            shared = f"{self.blocks} blocks of the batch, each with the whole group"
+            shared = f"{self.blocks} blocks, each with the kernels around it"
         lane = f"{self.lane} ({extents[self.lane]})" if self.lane else "none (scalar)"
         return (
             f"{self.heading()}\n"
@@ -142,10 +143,17 @@ def _kernels(executable: Executable) -> list[KernelInfo]:
                 tile=tuple(schedule.tile),
                 order=tuple(schedule.order),
                 parallel=schedule.parallel,
-                blocks=launch.blocks,
+                blocks=_blocks(launch),
             )
         )
     return found
+
+
+def _blocks(launch: Launch) -> int:
+    """Of a launch in a group: how often it runs."""
+    if not launch.blocks or strips(launch.node) == 1:
+        return launch.blocks
+    return launch.kernel.trips(launch.schedule.order[: launch.schedule.parallel])
 
 
 def no_kernels(executable: Executable, method: str, what: str = "kernels") -> errors.GraphcError:

@@ -1,7 +1,8 @@
 """The operator library: every operator's user function. Importing it fills the registry."""
 
-# Binds Python's operators to Value; Toom-Cook operators have no user functions.
+# Binds Python's operators to Value; operators that only passes make have no user functions.
 from graphc.ops import batch_parts as _batch_parts  # noqa: F401
+from graphc.ops import depth as _depth  # noqa: F401
 from graphc.ops import operators as _operators  # noqa: F401
 from graphc.ops import toom_cook as _toom_cook  # noqa: F401
 from graphc.ops import winograd as _winograd  # noqa: F401

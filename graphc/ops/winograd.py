@@ -13,6 +13,9 @@ Patches of points (p, q) lie as [N, (p, q), C, T] where channels are in the lane
 the ordinary `matmul`. With the batch in the lanes they are `split`, [N, p, C, q, T], and multiplied
 by `patch_product`: a patch is then written to a few rows of memory, where 36 places a power of two
 apart would all fall into one set of the cache.
+
+The patches of an image may come in `strips` of as many, one after another, [N * strips, (p, q), C,
+T / strips], as if they were images: all that is done to one before the next then fits the caches.
 """
 
 from __future__ import annotations
@@ -34,7 +37,12 @@ __all__: list[str] = []
 
 
 def conv2d_by_patches(
-    x: Value, weight: Value, outputs: int, split: bool = False, name: str | None = None
+    x: Value,
+    weight: Value,
+    outputs: int,
+    split: bool = False,
+    strips: int = 1,
+    name: str | None = None,
 ) -> Value:
     """conv2d of stride 1 without padding in patches of `outputs` x `outputs`.
 
@@ -42,11 +50,16 @@ def conv2d_by_patches(
     Returns [N, OC, H - taps + 1, W - taps + 1].
     """
     _, g, _ = matrices(outputs, weight.sizes[3])
-    return _by_patches(x, weight, g, outputs, split, name)
+    return _by_patches(x, weight, g, outputs, split, strips, name)
 
 
 def conv2d_input_grad_by_patches(
-    g: Value, weight: Value, outputs: int, split: bool = False, name: str | None = None
+    g: Value,
+    weight: Value,
+    outputs: int,
+    split: bool = False,
+    strips: int = 1,
+    name: str | None = None,
 ) -> Value:
     """conv2d_input_grad of stride 1: a convolution of the cotangent g[N,OC,H,W], padded to whole
     patches as in `conv2d_by_patches`, with turned taps of weight[OC,C,taps,taps].
@@ -54,7 +67,8 @@ def conv2d_input_grad_by_patches(
     Returns [N, C, H - taps + 1, W - taps + 1].
     """
     _, matrix, _ = matrices(outputs, weight.sizes[3])
-    return _by_patches(g, transpose(weight, (1, 0, 2, 3)), matrix[:, ::-1], outputs, split, name)
+    turned = transpose(weight, (1, 0, 2, 3))
+    return _by_patches(g, turned, matrix[:, ::-1], outputs, split, strips, name)
 
 
 def conv2d_weight_grad_by_patches(
@@ -75,33 +89,48 @@ def conv2d_weight_grad_by_patches(
 
 
 def _by_patches(
-    x: Value, weight: Value, matrix: np.ndarray, outputs: int, split: bool, name: str | None
+    x: Value,
+    weight: Value,
+    matrix: np.ndarray,
+    outputs: int,
+    split: bool,
+    strips: int,
+    name: str | None,
 ) -> Value:
     """Patches of x, times weight[OC,C,taps,taps] between `matrix` and its transpose, to pixels."""
     taps = weight.sizes[3]
     at, _, bt = matrices(outputs, taps)
     height, width = (d - taps + 1 for d in x.sizes[2:])
     # A weight is an image of one patch: [OC, points, C, 1].
-    weights, images = _patches(weight, matrix, taps), _patches(x, bt, outputs, split)
+    weights, images = _patches(weight, matrix, taps), _patches(x, bt, outputs, split, strips)
     if split:
         products = apply("patch_product", images, weights, name=name)[0]
     else:
         products = matmul(transpose(squeeze(weights, -1), (1, 0, 2)), images, name=name)
-    return _pixels(products, at.T, outputs, height, width, split)
+    return _pixels(products, at.T, outputs, height, width, split, strips)
 
 
-def _patches(x: Value, matrix: np.ndarray, step: int, split: bool = False) -> Value:
+def _patches(
+    x: Value, matrix: np.ndarray, step: int, split: bool = False, strips: int = 1
+) -> Value:
     """Patches of x every `step` pixels, multiplied by matrix[points, taps] from both sides."""
     constant = x.graph.constant(matrix.copy(), dtype=x.dtype)
-    return apply("patch_transform", x, constant, step=step, split=split)[0]
+    return apply("patch_transform", x, constant, step=step, split=split, strips=strips)[0]
 
 
 def _pixels(
-    x: Value, matrix: np.ndarray, step: int, height: int, width: int, split: bool = False
+    x: Value,
+    matrix: np.ndarray,
+    step: int,
+    height: int,
+    width: int,
+    split: bool = False,
+    strips: int = 1,
 ) -> Value:
     """The transpose of `_patches`: images of height x width pixels."""
     constant = x.graph.constant(matrix.copy(), dtype=x.dtype)
     attrs: Attrs = {"step": step, "height": height, "width": width, "split": split}
+    attrs["strips"] = strips
     return apply("patch_transform_grad", x, constant, **attrs)[0]
 
 
@@ -121,6 +150,10 @@ def _infer(types: list[TensorType], attrs: Attrs) -> list[TensorType]:
     images, channels, height, width = x.sizes
     points, taps = matrix.sizes
     tiles = _tiles(height, taps, attrs["step"]) * _tiles(width, taps, attrs["step"])
+    strips = attrs["strips"]
+    if tiles % strips:
+        raise errors.ShapeError(f"{tiles} patches of {x} do not fall into {strips} equal strips")
+    images, tiles = images * strips, tiles // strips
     split = (images, points, channels, points, tiles)
     shape = split if attrs["split"] else (images, points * points, channels, tiles)
     return [TensorType(shape, same_dtype(types))]
@@ -133,9 +166,12 @@ def _evaluate(arrays: list[np.ndarray], attrs: Attrs) -> list[np.ndarray]:
     patches = patches[:, :, ::step, ::step]
     out = np.einsum("pi,qj,nchwij->npqchw", matrix, matrix, patches, optimize=True)
     n, p, q, c, h, w = out.shape
+    strips = attrs["strips"]
+    out = out.reshape(n, p, q, c, strips, h * w // strips).transpose(0, 4, 1, 2, 3, 5)
+    out = out.reshape(n * strips, p, q, c, h * w // strips)
     if attrs["split"]:
-        return [out.transpose(0, 1, 3, 2, 4, 5).reshape(n, p, c, q, h * w)]
-    return [out.reshape(n, p * q, c, h * w)]
+        return [out.transpose(0, 1, 3, 2, 4)]
+    return [out.reshape(n * strips, p * q, c, -1)]
 
 
 def _vjp(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
@@ -155,6 +191,8 @@ def _lower(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Expr:
     else:
         n, point, c, tile = index
         p, q = k.divmod(point, points)
+    n, strip = k.divmod(n, node.attrs["strips"])
+    tile = strip * node.types[0].sizes[-1] + tile
     th, tw = k.divmod(tile, _tiles(node.inputs[0].sizes[3], taps, step))
 
     def row(i: Index) -> Expr:
@@ -171,7 +209,8 @@ def _lower(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Expr:
 
 def _infer_grad(types: list[TensorType], attrs: Attrs) -> list[TensorType]:
     g, matrix = types
-    x = TensorType((g.shape[0], g.shape[2], attrs["height"], attrs["width"]), same_dtype(types))
+    images = g.sizes[0] // attrs["strips"]
+    x = TensorType((images, g.shape[2], attrs["height"], attrs["width"]), same_dtype(types))
     if _infer([x, matrix], attrs)[0] != g:
         raise errors.ShapeError(f"cotangent {g} is not that of patches of {x}")
     return [x]
@@ -181,12 +220,13 @@ def _evaluate_grad(arrays: list[np.ndarray], attrs: Attrs) -> list[np.ndarray]:
     g, matrix = arrays
     (points, taps), step = matrix.shape, attrs["step"]
     th, tw = (_tiles(attrs[k], taps, step) for k in ("height", "width"))
-    channels = g.shape[2]
+    channels, strips = g.shape[2], attrs["strips"]
     if attrs["split"]:
         g = g.transpose(0, 1, 3, 2, 4)
-    grid = g.reshape(g.shape[0], points, points, channels, th, tw)
+    grid = g.reshape(-1, strips, points, points, channels, th * tw // strips)
+    grid = grid.transpose(0, 2, 3, 4, 1, 5).reshape(-1, points, points, channels, th, tw)
     parts = np.einsum("pi,qj,npqchw->nchwij", matrix, matrix, grid, optimize=True)
-    out = np.zeros((g.shape[0], channels, attrs["height"], attrs["width"]), g.dtype)
+    out = np.zeros((len(grid), channels, attrs["height"], attrs["width"]), g.dtype)
     for a in range(th):
         for b in range(tw):
             out[:, :, a * step : a * step + taps, b * step : b * step + taps] += parts[:, :, a, b]
@@ -196,19 +236,20 @@ def _evaluate_grad(arrays: list[np.ndarray], attrs: Attrs) -> list[np.ndarray]:
 def _vjp_grad(node: Node, cotangents: Sequence[Value | None]) -> Sequence[Value | None]:
     (_, matrix), c = node.inputs, cotangents[0]
     assert c is not None
-    attrs = {key: node.attrs[key] for key in ("step", "split")}
+    attrs = {key: node.attrs[key] for key in ("step", "split", "strips")}
     return apply("patch_transform", c, matrix, **attrs)[0], None
 
 
 def _lower_grad(k: Lowering, node: Node, _: int, index: tuple[Index, ...]) -> Expr:
     n, c, h, w = index
     points, taps = node.inputs[1].sizes
-    step, split = node.attrs["step"], node.attrs["split"]
+    step, split, strips = (node.attrs[key] for key in ("step", "split", "strips"))
     rows, columns = (_tiles(node.attrs[key], taps, step) for key in ("height", "width"))
 
     def read(p: Index, q: Index, th: Index, tw: Index) -> Expr:
-        tile = th * columns + tw
-        return k.read(0, (n, p, c, q, tile) if split else (n, p * points + q, c, tile))
+        strip, tile = k.divmod(th * columns + tw, node.inputs[0].sizes[-1])
+        image = n * strips + strip
+        return k.read(0, (image, p, c, q, tile) if split else (image, p * points + q, c, tile))
 
     if taps == step:  # patches side by side: every pixel belongs to one
         (th, i), (tw, j) = k.divmod(h, step), k.divmod(w, step)
@@ -316,30 +357,42 @@ def _lower_weight_grad(k: Lowering, node: Node, _: int, index: tuple[Index, ...]
 
 def _samples() -> list[Sample]:
     rng = np.random.default_rng(70)
-    cases = (((2, 3, 6, 6), (4, 4), 2), ((1, 2, 4, 7), (3, 4), 3), ((1, 1, 3, 3), (5, 3), 1))
+    cases = (
+        ((2, 3, 6, 6), (4, 4), 2, 4),
+        ((1, 2, 4, 7), (3, 4), 3, 2),
+        ((1, 1, 3, 3), (5, 3), 1, 1),
+        ((2, 1, 5, 9), (3, 3), 2, 4),
+    )
     return [
-        Sample((rng.standard_normal(x), rng.standard_normal(m)), {"step": s, "split": split}, (0,))
-        for x, m, s in cases
+        Sample(
+            (rng.standard_normal(x), rng.standard_normal(m)),
+            {"step": s, "split": split, "strips": strips},
+            (0,),
+        )
+        for x, m, s, most in cases
         for split in (False, True)
+        for strips in {1, most}
     ]
 
 
 def _samples_grad() -> list[Sample]:
     rng = np.random.default_rng(71)
     cases = (
-        ((2, 16, 3, 4), (4, 4), 2, 6, 6),
-        ((1, 9, 2, 2), (3, 4), 3, 4, 7),
-        ((2, 9, 2, 6), (3, 2), 2, 4, 6),
-        ((2, 4, 3, 4, 4), (4, 4), 2, 6, 6),
-        ((2, 3, 2, 3, 6), (3, 2), 2, 4, 6),
+        ((2, 16, 3, 4), (4, 4), 2, 6, 6, 1),
+        ((1, 9, 2, 2), (3, 4), 3, 4, 7, 1),
+        ((2, 9, 2, 6), (3, 2), 2, 4, 6, 1),
+        ((4, 9, 2, 3), (3, 2), 2, 4, 6, 2),
+        ((2, 4, 3, 4, 4), (4, 4), 2, 6, 6, 1),
+        ((2, 3, 2, 3, 6), (3, 2), 2, 4, 6, 1),
+        ((6, 3, 2, 3, 4), (3, 2), 2, 6, 8, 3),
     )
     return [
         Sample(
             (rng.standard_normal(g), rng.standard_normal(m)),
-            {"step": s, "height": h, "width": w, "split": len(g) == 5},
+            {"step": s, "height": h, "width": w, "split": len(g) == 5, "strips": strips},
             (0,),
         )
-        for g, m, s, h, w in cases
+        for g, m, s, h, w, strips in cases
     ]
 
 

@@ -22,6 +22,7 @@ from graphc.runtime.control import (
     BARRIER,
     BARRIER_COUNT,
     BARRIER_TURN,
+    CLAIM_BYTES,
     CONDITION,
     DONE,
     GENERATION,
@@ -42,11 +43,14 @@ from graphc.runtime.control import (
     ROW_ARGUMENTS,
     ROW_BLOCKS,
     ROW_BYTES,
+    ROW_CLAIMS,
     ROW_FLAGS,
     ROW_FUNCTION,
     ROW_STEP,
+    ROW_STRIPS,
     SLEEPERS,
     STOP,
+    STRIPS_SHIFT,
     THREADS,
     UNLOCK,
     WAIT,
@@ -243,29 +247,70 @@ def barrier(control, threads):
 
 
 @native
+def take(claims, owner, taken):
+    """The number of the next block of a thread's share, of which `taken` are known to be taken."""
+    return taken if claims == 0 else atomic_add(claims, owner * CLAIM_BYTES, 1)
+
+
+@native
+def forget_claims(program, threads):
+    """Before a program runs: no block is taken yet."""
+    row = load(program, REQUEST_TABLE)
+    for _ in range(load(program, REQUEST_ROWS)):
+        claims = load(row, ROW_CLAIMS)
+        if claims != 0:
+            for thread in range(threads):
+                store(claims, thread * CLAIM_BYTES, 0)
+        row += ROW_BYTES
+
+
+@native
+def drive_block(row, rows, block, blocks, thread, stamp):
+    """Runs the rows of a group on one block; returns the status."""
+    failed = 0
+    index = 0
+    while index < rows:
+        run = load(row + index * ROW_BYTES, ROW_STRIPS)
+        strips = max(run >> STRIPS_SHIFT, 1)
+        length = max(run & ((1 << STRIPS_SHIFT) - 1), 1)
+        for strip in range(block * strips, (block + 1) * strips):
+            for number in range(index, index + length):
+                begin = ticks() if stamp != 0 else 0
+                this = row + number * ROW_BYTES
+                arguments = load(this, ROW_ARGUMENTS) + thread * load(this, ROW_STEP)
+                status = call_kernel(this, arguments, strip, blocks * strips)
+                if stamp != 0:
+                    end = stamp + number * 16
+                    store(end, 8, load(end, 8) + ticks() - begin)
+                if status != 0:
+                    failed = status
+        index += length
+    return failed
+
+
+@native
 def drive_group(row, rows, thread, threads, stamp):
-    """Runs the rows of a group on each block of this thread's share; returns the status.
+    """Runs the rows of a group on each block of this thread's share, and then on what is left of
+    others', if blocks are claimed; returns the status.
 
     Where there is a place for stamps, the time of all blocks is added up after the group's begin.
     """
-    blocks = load(row, ROW_BLOCKS)
+    blocks, claims = load(row, ROW_BLOCKS), load(row, ROW_CLAIMS)
     failed = 0
     if stamp != 0:
         begin = ticks()
         for index in range(rows):
             store(stamp, index * 16, begin)
             store(stamp, index * 16 + 8, begin)
-    for block in range(blocks * thread // threads, blocks * (thread + 1) // threads):
-        for index in range(rows):
-            begin = ticks() if stamp != 0 else 0
-            this = row + index * ROW_BYTES
-            arguments = load(this, ROW_ARGUMENTS) + thread * load(this, ROW_STEP)
-            status = call_kernel(this, arguments, block, blocks)
-            if stamp != 0:
-                end = stamp + index * 16
-                store(end, 8, load(end, 8) + ticks() - begin)
+    for turn in range(1 if claims == 0 else threads):
+        owner = (thread + turn) % threads
+        first, last = blocks * owner // threads, blocks * (owner + 1) // threads
+        taken = take(claims, owner, 0)
+        while first + taken < last:
+            status = drive_block(row, rows, first + taken, blocks, thread, stamp)
             if status != 0:
                 failed = status
+            taken = take(claims, owner, taken + 1)
     return failed
 
 
@@ -326,6 +371,7 @@ def participate(request):
     begin = ticks()
     if thread == 0:
         store(program, REQUEST_FAILED, 0)
+        forget_claims(program, threads)
         if threads > 1:
             store(control, PROGRAM, program)
             atomic_add(control, GENERATION, 1)

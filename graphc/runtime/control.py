@@ -7,21 +7,29 @@ barrier would take the line away from the threads that poll its neighbour.
 
 from typing import Final
 
-# A row of the launch table: [function address, arguments address, flags, blocks, step], int64 each.
-# The arguments of thread t lie t * step bytes further.
+# A row of the launch table: [function address, arguments address, flags, blocks, step, strips,
+# claims], int64 each. The arguments of thread t lie t * step bytes further.
 ROW_FUNCTION: Final = 0
 ROW_ARGUMENTS: Final = 8
 ROW_FLAGS: Final = 16
 ROW_BLOCKS: Final = 24
 ROW_STEP: Final = 32
-ROW_BYTES: Final = 40
+ROW_STRIPS: Final = 40
+ROW_CLAIMS: Final = 48
+ROW_BYTES: Final = 56
 
 BARRIER: Final = 1  # all threads finish this row before any of them starts the next
 ALONE: Final = 2  # thread 0 runs the row by itself, as kernel(arguments, 0, 1)
 # The first row of a group says in its flags, shifted by GROUP_SHIFT, how many rows the group has:
 # each thread runs all of them on one block of its share of ROW_BLOCKS, as kernel(arguments, block,
-# blocks), then on the next. The last row's BARRIER ends the group.
+# blocks), then on the next. With ROW_CLAIMS, the address of a word for each thread, CLAIM_BYTES
+# apart, that counts the blocks of its share that are taken, a thread that is done goes on with
+# those that others have left. The last row's BARRIER ends the group. A row within a group at which
+# ROW_STRIPS is not 0 begins a run of its low STRIPS_SHIFT bits many rows, which go through a block
+# strip by strip, of as many as the bits above say.
 GROUP_SHIFT: Final = 8
+STRIPS_SHIFT: Final = 8
+CLAIM_BYTES: Final = 128
 
 # A request: what one call of the driver is asked to do. Thread 0's also describes the program that
 # the team runs. The last two words take the result and exception pointers that Numba's calling

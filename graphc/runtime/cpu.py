@@ -70,8 +70,7 @@ class CpuExecutable(Executable):
     def _address(self, value: Value, thread: int = 0) -> int:
         """Address of a value; of one thread's copy, where threads have memory of their own."""
         arena, offset = self._locate(value)
-        each = block_bytes(root(value)) if root(value).layout.copies else 0
-        return arena.address(offset + thread * each)
+        return arena.address(offset + thread * self.plan.step(root(value)))
 
     def _memory_range(self, value: Value) -> tuple[int, int]:
         """First and last byte of a value's memory; inputs are memory that no kernel writes."""
@@ -79,7 +78,8 @@ class CpuExecutable(Executable):
         if owner.node.op == "input":
             return (0, 0)
         first = self._address(owner)
-        return first, first + block_bytes(owner) * max(1, owner.layout.copies)
+        last = self._address(owner, max(0, owner.layout.copies - 1))
+        return first, last + block_bytes(owner)
 
     def _view(self, value: Value) -> np.ndarray:
         arena, offset = self._locate(value)

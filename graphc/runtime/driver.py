@@ -1,7 +1,7 @@
 """The native driver as Python sees it: its sources, its call, its clock, and launch tables.
 
-A program is a table of int64 rows `[function address, arguments address, flags, reserved]`. Flag
-BARRIER makes all threads finish a row before any goes on; ALONE leaves the row to thread 0.
+A program is a table of int64 rows (`control.py`). Flag BARRIER makes all threads finish a row
+before any goes on; ALONE leaves the row to thread 0.
 `_driver_native.py` holds the code that walks it.
 """
 
@@ -23,6 +23,8 @@ from graphc.runtime.linker import KernelSource, load_kernels
 BARRIER = c.BARRIER
 ALONE = c.ALONE
 GROUP_SHIFT = c.GROUP_SHIFT
+STRIPS_SHIFT = c.STRIPS_SHIFT
+CLAIM_BYTES = c.CLAIM_BYTES
 
 _Native = Callable[..., int]
 
@@ -41,7 +43,8 @@ def driver_sources() -> tuple[KernelSource, ...]:
 
 
 def launch_table(rows: Iterable[tuple[int, ...]]) -> np.ndarray:
-    """int64[rows, 5], 64-byte aligned, from rows (function, arguments, flags[, blocks[, step]])."""
+    """int64[rows, 7], 64-byte aligned, from rows (function, arguments, flags[, blocks[, step[,
+    strips[, claims]]]])."""
     rows = list(rows)
     memory = aligned_zeros(max(1, len(rows)) * c.ROW_BYTES).view(np.int64)
     table = memory.reshape(-1, c.ROW_BYTES // 8)[: len(rows)]

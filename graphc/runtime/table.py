@@ -14,10 +14,22 @@ import numpy as np
 from graphc.codegen.program import Launch
 from graphc.ir import Value, root
 from graphc.runtime.arena import aligned_zeros
-from graphc.runtime.driver import ALONE, BARRIER, GROUP_SHIFT, launch_table
+from graphc.runtime.driver import (
+    ALONE,
+    BARRIER,
+    CLAIM_BYTES,
+    GROUP_SHIFT,
+    STRIPS_SHIFT,
+    launch_table,
+)
 from graphc.runtime.team import Program, Team, get_team
 
 Range = tuple[int, int]
+
+# Blocks of a launch for each thread, where threads claim them, and the iterations of all its loops
+# that are worth it, for each thread: about 20 us.
+CLAIMS = 16
+CLAIMED_WORK = 1_000_000
 
 
 class LaunchTable:
@@ -40,9 +52,25 @@ class LaunchTable:
         base, position, table = self.arguments.ctypes.data, 0, []
         patches: dict[str, list[int]] = {}
         flags = row_flags(self.launches, memory)
+        units = _units(self.launches)
+        claimed = {
+            rows[0]: _claimed_blocks(self.launches[rows[0] : rows[1]], team.threads)
+            for rows in units
+        }
+        self._claims = aligned_zeros(CLAIM_BYTES * team.threads * max(1, len(units)))
+        claims = self._claims.ctypes.data
         for number, (launch, function) in enumerate(rows):
             step = 8 * sizes[number] if copies[number] > 1 else 0
-            table.append((function, base + 8 * position, flags[number], launch.blocks, step))
+            strips = launch.strips[0] << STRIPS_SHIFT | launch.strips[1]
+            blocks, words = launch.blocks, 0
+            if claimed.get(number):
+                if not blocks:
+                    flags[number] |= 1 << GROUP_SHIFT
+                blocks, words = claimed[number], claims
+                claims += CLAIM_BYTES * team.threads
+            table.append(
+                (function, base + 8 * position, flags[number], blocks, step, strips, words)
+            )
             for thread in range(copies[number]):
                 for value in (*launch.node.inputs, *launch.node.outputs):
                     self.arguments[position] = address(value, thread)
@@ -127,6 +155,27 @@ class Adaptive:
         self.trials = 0 if self.expected > 10 * self.SHORT else self.trials - 1
         if not self.trials and self.expected <= self.SHORT:
             self.together.set_limit(self.expected)
+
+
+def _claimed_blocks(launches: Sequence[Launch], threads: int) -> int:
+    """Into how many blocks a group, or a launch by itself, is cut that threads claim one by one; 0
+    for equal shares.
+
+    On a busy machine cores differ from one moment to the next, and whoever is done waits at the
+    barrier. Who computes a block changes no bit of it."""
+    work = sum(launch.kernel.trips(launch.kernel.loops) for launch in launches)
+    if threads == 1 or work < CLAIMED_WORK * threads:
+        return 0
+    (first, *_) = launches
+    if first.blocks:
+        return first.blocks if first.blocks > threads else 0
+    units = math.prod(
+        -(-first.kernel.loops[n].extent // dict(first.schedule.tile).get(n, 1))
+        for n in first.schedule.order[: first.schedule.parallel]
+    )
+    if first.schedule.parallel == 0 or units <= threads:
+        return 0
+    return min(units, CLAIMS * threads)
 
 
 def _copies(launch: Launch) -> int:

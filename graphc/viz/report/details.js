@@ -100,7 +100,7 @@ class Details {
     const k = this.model.launches[number], time = this.model.timeOf.get(number), e = escapeHtml;
     const loops = k.loops.map(([n, extent]) => `${e(n)}:${extent}`).join(" ");
     const tile = k.tile.map(([n, c]) => `${c} ${e(n)}`).join(" × ");
-    const shared = k.blocks ? `${k.blocks} blocks of the batch, each with the whole group`
+    const shared = k.blocks ? `${k.blocks} blocks, each with the kernels around it`
       : k.order.slice(0, k.parallel).map(e).join(" ") || "one thread";
     const speed = time ? `<div class="bar"><i style="width:${Math.min(100, 100 * time.share)}%"></i></div>
       <small>${percent(time.share)} of what ${time.roof === "arithmetic" ? "the arithmetic peak"
