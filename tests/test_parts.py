@@ -106,7 +106,7 @@ class Recorder:
 
 def test_all_but_the_first_piece_is_fetched_before_it_is_read(monkeypatch):
     """Products of Winograd's points, and their sums over images and pixels."""
-    g = convolution(128, 12, 136, 3, 1, False)
+    g = convolution(256, 12, 264, 3, 1, False)
     g.output(total=gc.sum(g.outputs["y"]))
     names = {"loss": "total", "gradients": ["conv.weight"]}
     exe = gc.compile(g, outputs=["total"], dims={"N": 4}, threads=2, **names)
