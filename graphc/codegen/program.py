@@ -32,6 +32,7 @@ class Launch:
     schedule: Schedule
     call: CompiledCall
     blocks: int = 0  # of a group that runs block by block; 0: by itself
+    begins: bool = False  # whether it is the first of its group
     # Where a run within a group begins that goes through each block strip by strip: the number of
     # strips, and of launches.
     strips: tuple[int, int] = (0, 0)
@@ -251,9 +252,9 @@ def plan_launches(graph: Graph, lanes: int, threads: int) -> list[Launch]:
 
 def rank_launches(graph: Graph, lanes: int, threads: int, most: int) -> list[list[Launch]]:
     """In execution order, up to `most` ways of each launch, the best as predicted first."""
-    grouped = {
-        name: count for count, names in graph.annotations.get("groups", ()) for name in names
-    }
+    groups = graph.annotations.get("groups", ())
+    grouped = {name: count for count, names in groups for name in names}
+    first = {names[0] for _, names in groups}
     runs = graph.annotations.get("strips", {})
     launches = []
     for node in graph:
@@ -261,7 +262,6 @@ def rank_launches(graph: Graph, lanes: int, threads: int, most: int) -> list[lis
             count = grouped.get(node.name, 0)
             ways = _schedules(node, lanes, threads, count, most)
             label_body(node)  # as it was lowered, or one like it
-            launches.append(
-                [Launch(node, *way, count, runs.get(node.name, (0, 0))) for way in ways]
-            )
+            place = count, node.name in first, runs.get(node.name, (0, 0))
+            launches.append([Launch(node, *way, *place) for way in ways])
     return launches

@@ -210,7 +210,7 @@ def _units(launches: Sequence[Launch]) -> list[tuple[int, int]]:
     """Half-open ranges of rows: groups, and rows by themselves."""
     units: list[tuple[int, int]] = []
     for row, launch in enumerate(launches):
-        if row and launch.blocks and launches[row - 1].blocks == launch.blocks:
+        if launch.blocks and not launch.begins and units:
             units[-1] = (units[-1][0], row + 1)
         else:
             units.append((row, row + 1))
