@@ -215,7 +215,7 @@ def collapse(kernel: Kernel, fixed: set[str]) -> None:
             kernel.substitute({first: ()})
         else:
             position += 1
-    if len(kernel.outer) == 1 and not lanes:
+    if len(kernel.outer) == 1 and not lanes and kernel.outer[0] not in fixed:
         name = kernel.outer[0]
         kernel.loops["i"] = Loop("i", kernel.loops.pop(name).extent)
         kernel.substitute({name: (("i", 1),)})
