@@ -16,6 +16,7 @@ from graphc.compiler import transform
 from graphc.interpreter import interpret
 from graphc.ir import Graph
 from graphc.ops import registry
+from graphc.ops.winograd import conv2d_by_patches
 from passes.autodiff import Autodiff
 from passes.base import Pipeline, verify_graph
 from passes.canonicalize import Canonicalize
@@ -452,6 +453,24 @@ def test_strided_convolutions_become_patches_of_their_phases(size, kernel, strid
     data = {name: rng.standard_normal(node.types[0].sizes) for name, node in graph.inputs.items()}
     a, b = (interpret(g, data, dtype="float64").outputs["y"] for g in (graph, after))
     np.testing.assert_allclose(b, a, atol=5e-6 * np.abs(a).max())
+
+
+@pytest.mark.parametrize(
+    ("outputs", "taps", "limit"),
+    [(2, 3, 1e-6), (4, 3, 6e-6), (5, 3, 1e-5), (4, 2, 5e-6), (5, 2, 1e-5), (4, 4, 1e-5)],
+)
+def test_patches_round_a_few_millionths(outputs, taps, limit):
+    """Of the largest output, in float32 against the direct convolution in float64."""
+    graph = Graph("rounding")
+    size = 4 * outputs + taps - 1
+    x, w = graph.input("x", (1, 64, size, size)), graph.input("w", (8, 64, taps, taps))
+    graph.output(direct=ops.conv2d(x, w), patches=conv2d_by_patches(x, w, outputs))
+    rng = np.random.default_rng(9)
+    data = {name: rng.standard_normal(node.types[0].sizes) for name, node in graph.inputs.items()}
+    data["x"] = np.maximum(data["x"], 0)
+    exact = interpret(graph, data, dtype="float64").outputs["direct"]
+    rounded = interpret(graph, data, dtype="float32").outputs["patches"]
+    assert np.abs(rounded - exact).max() < limit * np.abs(exact).max()
 
 
 @pytest.mark.parametrize("rows", [False, True])
