@@ -55,9 +55,9 @@ class ChooseConvolutions(Pass):
 
     Requires: int dimensions; runs before autodiff, so that the chain rule differentiates the
     products and the backward pass saves as much. Ensures: results equal up to rounding (a few 1e-6
-    of the largest). Convolutions of stride 1 with 3 taps or more may become
-    - with the batch in the lanes: `F(m,r) rows`, Toom-Cook along rows, whose transforms are then a
-      handful of vector operations without shuffles: here;
+    of the largest). Convolutions of more taps than their stride may become
+    - with the batch in the lanes and stride 1: `F(m,r) rows`, Toom-Cook along rows, whose
+      transforms are then a handful of vector operations without shuffles: here;
     - in either case, where there are channels enough to pay for its transforms: `F(m,r) patches`,
       Winograd: by the pass `winograd_convolutions`, after autodiff.
     `annotations["layout_mode"]` is the cheaper of both as a whole, or `mode`;

@@ -1,4 +1,4 @@
-"""Convolutions of stride 1 and their two gradients as Winograd patches."""
+"""Convolutions, and both gradients of those of stride 1, as Winograd patches."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class WinogradConvolutions(Pass):
     Requires: int dimensions; `choose_convolutions` has chosen what lies in the lanes
     (`annotations["layout_mode"]`), else nothing changes, and has rewritten what is better done by
     rows. Runs after autodiff: gradients are rewritten from what they are. Ensures: results equal up
-    to rounding (a few 1e-6 of the largest). `choose` decides for each node.
+    to rounding (a few 1e-6 of the largest). `choose` decides for each node. With channels in the
+    lanes, a convolution of stride s is one of stride 1 over the s x s phases of its images.
     """
 
     lanes: int
