@@ -27,8 +27,6 @@ from passes.choose_convolutions import (
     tile_size,
 )
 
-Pairs = tuple[tuple[int, int], ...]
-
 
 @dataclass(frozen=True)
 class WinogradConvolutions(Pass):

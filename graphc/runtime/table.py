@@ -54,8 +54,7 @@ class LaunchTable:
         flags = row_flags(self.launches, memory)
         units = _units(self.launches)
         claimed = {
-            rows[0]: _claimed_blocks(self.launches[rows[0] : rows[1]], team.threads)
-            for rows in units
+            begin: _claimed_blocks(self.launches[begin:end], team.threads) for begin, end in units
         }
         self._claims = aligned_zeros(CLAIM_BYTES * team.threads * max(1, len(units)))
         claims = self._claims.ctypes.data
