@@ -51,9 +51,9 @@ class AssignLayouts(Pass):
 
 def contraction(node: Node) -> Node | None:
     """The contraction inside a fused region."""
-    if node.op != "fused":
+    if node.op != "fused" or node.attrs["kind"] not in CONTRACTIONS:
         return None
-    return next((n for n in node.attrs["body"] if n.op in CONTRACTIONS), None)
+    return next(n for n in node.attrs["body"] if n.op in CONTRACTIONS)
 
 
 def _strips(node: Node, inputs: tuple[Value, ...]) -> int:

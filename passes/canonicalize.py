@@ -52,6 +52,8 @@ def uniform(value: Value) -> float | None:
     if value.node.op != "constant":
         return None
     data = value.node.attrs["value"]
+    if data.size == 1:
+        return data.item()
     if not data.size or data.size > 4096 or not (data == data.flat[0]).all():
         return None
     return data.flat[0].item()

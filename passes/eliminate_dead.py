@@ -20,11 +20,27 @@ class EliminateDead(Pass):
     keep_inputs: bool = False
 
     def run(self, graph: Graph) -> Graph:
-        kept = [*graph.results, *(graph.node(name)[0] for name in graph.updates)]
-        if self.keep_inputs:
-            kept += [node[0] for node in graph.inputs.values()]
-        names = {value.node.name for value in kept}
-        names |= {value.node.name for node in graph for value in node.inputs}
-        if len(names) == len(graph):
-            return graph  # Only a node that nothing reads can be the last of a dead chain.
-        return graph.subgraph(kept)
+        kept = _kept(graph, self.keep_inputs)
+        # Only a node that nothing reads can be the last of a dead chain.
+        read = {value.node.name for node in graph for value in node.inputs}
+        if len(read.union(kept)) == len(graph):
+            return graph
+        new = graph.copy()
+        remove_dead(new, self.keep_inputs)
+        return new
+
+
+def remove_dead(graph: Graph, keep_inputs: bool = False) -> None:
+    """Remove what `EliminateDead` leaves out from a graph of the caller's own."""
+    needed = _kept(graph, keep_inputs)
+    for node in reversed(graph.nodes):
+        if node.name in needed:
+            needed.update([value.node.name for value in node.inputs])
+        else:
+            graph.remove(node)
+
+
+def _kept(graph: Graph, inputs: bool) -> set[str]:
+    """Names of the nodes that stay whatever reads them."""
+    kept = {value.node.name for value in graph.results} | graph.updates.keys()
+    return kept | graph.inputs.keys() if inputs else kept

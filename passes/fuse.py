@@ -109,16 +109,28 @@ def _only_ones_differ(node: Node) -> bool:
     return before == after
 
 
+@dataclass(eq=False)
+class _Group:
+    """Nodes that become one region.
+
+    first, last: positions of its first and last member. reading: names of the nodes that read its
+    values, members included. results: its values that must be stored, as they are results or read
+    from outside. ops: the operators of its members. update: whether they are the optimizer's."""
+
+    members: list[Node]
+    first: int
+    last: int
+    reading: set[str]
+    results: list[Value]
+    ops: set[str]
+    update: bool
+
+
 class _Fuser:
     def __init__(self, graph: Graph, options: Fuse):
         self.graph, self.options = graph, options
         self.nodes = [n for n in graph.nodes if n.op not in SOURCES]
         self.position = {n.name: i for i, n in enumerate(graph.nodes)}
-        self.group = {n.name: n.name for n in self.nodes}
-        self.members: dict[str, list[Node]] = {n.name: [n] for n in self.nodes}
-        # Positions of a group's first and last member.
-        self.first = {n.name: self.position[n.name] for n in self.nodes}
-        self.last = dict(self.first)
         self.users: dict[Value, list[Node]] = defaultdict(list)
         for node in graph.nodes:
             for value in dict.fromkeys(node.inputs):
@@ -132,10 +144,7 @@ class _Fuser:
             if is_view(node) and node[0] in self.shown:
                 self.shown.add(viewed(node))
             self.read_by.update((v, self._readers(v)) for v in node.outputs)
-        # The nodes that read a group's values.
-        self.reading = {
-            n.name: set().union(*(self.read_by[v] for v in n.outputs)) for n in self.nodes
-        }
+        self.group = {n.name: self.alone(n) for n in self.nodes}
         # What a node reads: each operand, and the node that makes it behind views.
         self.sources = {
             n.name: [(v, self.through_views(v.node)) for v in n.inputs] for n in self.nodes
@@ -158,6 +167,13 @@ class _Fuser:
 
     # ---- grouping
 
+    def alone(self, node: Node) -> _Group:
+        """The group of one node."""
+        position, update = self.position[node.name], node.origin.phase == UPDATE
+        read_by = [self.read_by[v] for v in node.outputs]
+        reading, results = set().union(*read_by), self.results([node])
+        return _Group([node], position, position, reading, results, {node.op}, update)
+
     def boundary(self, node: Node) -> bool:
         return node.op in SOURCES or is_alias(node) or is_view(node)
 
@@ -179,7 +195,7 @@ class _Fuser:
         if self.boundary(producer):
             return
         a, b = self.group[producer.name], self.group[consumer.name]
-        if a == b:
+        if a is b:
             return
         reason = self.refuse(a, b)
         if reason:
@@ -194,36 +210,39 @@ class _Fuser:
 
     def join(self, first: Node, second: Node) -> None:
         a, b = self.group[first.name], self.group[second.name]
-        if len(self.members[a]) < len(self.members[b]):
+        if len(a.members) < len(b.members):
             a, b = b, a
-        self.first[a] = min(self.first[a], self.first.pop(b))
-        self.last[a] = max(self.last[a], self.last.pop(b))
-        self.reading[a] |= self.reading.pop(b)
-        for node in self.members.pop(b):
-            self.group[node.name] = a
-            self.members[a].append(node)
+        a.results = self.joint_results(a, b)
+        a.first, a.last = min(a.first, b.first), max(a.last, b.last)
+        a.reading |= b.reading
+        a.ops |= b.ops
+        a.members += b.members
+        self.group.update((node.name, a) for node in b.members)
 
-    def refuse(self, a: str, b: str) -> str:
+    def refuse(self, a: _Group, b: _Group) -> str:
         """Why two groups cannot be one region, or "" if they can."""
-        nodes = [*self.members[a], *self.members[b]]
-        if len(nodes) > MOST:
+        if len(a.members) + len(b.members) > MOST:
             return f"one kernel holds {MOST} operators at most"
-        if len({n.origin.phase == UPDATE for n in nodes}) > 1:
+        if a.update != b.update:
             return "the update runs after every use of the old value"
-        heavy = [n for n in nodes if n.op in CONTRACTIONS]
-        if len(heavy) > 1:
+        ops = a.ops | b.ops
+        heavy = not CONTRACTIONS.isdisjoint(ops)
+        if not (CONTRACTIONS.isdisjoint(a.ops) or CONTRACTIONS.isdisjoint(b.ops)):
             return "one kernel holds one contraction"
-        nodes.sort(key=lambda n: self.position[n.name])
-        if heavy and any(n.op == "pad" for n in nodes):
+        if heavy and "pad" in ops:
             return "padding writes around a contraction's register tile"
-        if heavy and any(n.op == "max_unpool2d" for n in nodes):
+        if heavy and "max_unpool2d" in ops:
             return "unpooling reads each element of a contraction several times"
-        if any(n.op == "pad" for n in nodes) and (reason := self.pads_reduced(nodes)):
+        nodes = [*a.members, *b.members]
+        if "pad" in ops and (reason := self.pads_reduced(nodes)):
             return reason
-        for node in nodes:
-            other = b if self.group[node.name] == a else a
+        # The members of each that read the other.
+        across = [n for n in a.members if n.name in b.reading]
+        across += [n for n in b.members if n.name in a.reading]
+        for node in sorted(across, key=lambda n: self.position[n.name]):
+            other = b if self.group[node.name] is a else a
             for value, source in self.sources[node.name]:
-                if self.group.get(source.name) != other:
+                if self.group.get(source.name) is not other:
                     continue
                 if node.op in CONTRACTIONS:
                     return f"each element of {source.name!r} is read many times by {node.name!r}"
@@ -251,10 +270,10 @@ class _Fuser:
                     return f"{node.name!r} writes around the register tile of {source.name!r}"
                 if node.op == "max_unpool2d" and not get(source.op).elementwise:
                     return f"each element of {source.name!r} is read several times by {node.name!r}"
-        results = self.results(nodes)
+        results = self.joint_results(a, b)
         if not results:
             return ""
-        reason = self.shapes_differ(nodes, results)
+        reason = self.shapes_differ(nodes, results, ops)
         if reason:
             return reason
         if self.path_outside(a, b):
@@ -262,9 +281,9 @@ class _Fuser:
         return ""
 
     def pads_reduced(self, nodes: list[Node]) -> str:
-        """Why nodes, in order, cannot be one region, or "": one pads what another has reduced."""
+        """Why nodes cannot be one region, or "": one pads what another has reduced."""
         reduced: set[str] = set()  # reductions, and what depends on them
-        for node in nodes:
+        for node in sorted(nodes, key=lambda n: self.position[n.name]):
             late = [source for _, source in self.sources[node.name] if source.name in reduced]
             if late and node.op == "pad":
                 return f"{late[0].name!r} would be reduced again for each element padded"
@@ -272,20 +291,22 @@ class _Fuser:
                 reduced.add(node.name)
         return ""
 
-    def shapes_differ(self, nodes: list[Node], results: list[Value]) -> str:
+    def shapes_differ(self, nodes: list[Node], results: list[Value], ops: set[str]) -> str:
+        """Why nodes of these operators cannot share their loops, or ""."""
         shapes = {v.shape for v in results}
         if len({len(s) for s in shapes}) > 1:
             return f"results of different ranks {sorted(shapes)}"
-        if len(shapes) == 1 and not any(n.op in REDUCTIONS for n in nodes):
+        reduces = not REDUCTIONS.isdisjoint(ops)
+        if len(shapes) == 1 and not reduces:
             return ""
         outer, reduced = _outer(nodes, results)
         if any(d != o and o != 1 for s in shapes for d, o in zip(s, outer, strict=True)):
             return f"results of different shapes {sorted(shapes)}"
         if all(s == outer for s in shapes) and not reduced:
             return ""
-        if any(n.op in WINDOWS | CONTRACTIONS | {"max_unpool2d"} for n in nodes):
+        if not ops.isdisjoint(WINDOWS | CONTRACTIONS | {"max_unpool2d"}):
             return f"results of different shapes {sorted(shapes)}"
-        if not any(n.op in REDUCTIONS for n in nodes):
+        if not reduces:
             return (
                 f"a broadcast value {list(outer)} is stored once, its readers run over other axes"
             )
@@ -315,20 +336,29 @@ class _Fuser:
         values = [v for n in nodes for v in n.outputs]
         return [v for v in values if v in self.shown or not self.read_by[v] <= inside]
 
-    def path_outside(self, a: str, b: str) -> bool:
+    def joint_results(self, a: _Group, b: _Group) -> list[Value]:
+        """The results of two groups as one, in no order."""
+        union = (a, b)
+        return [
+            v
+            for v in (*a.results, *b.results)
+            if v in self.shown or any(self.group[name] not in union for name in self.read_by[v])
+        ]
+
+    def path_outside(self, a: _Group, b: _Group) -> bool:
         """Whether a path leaves the union of two groups and comes back.
 
         Fusing would make a cycle. Searched from both ends, and over when one of them has nowhere to
         go: what the backward pass reads of a layer has thousands of groups on its one side, and few
         on the other. Groups that begin after the union's end are not in any group's way to it, as
         consumers are merged in order."""
-        union, last = {a, b}, max(self.last[a], self.last[b])
-        front = {g for g in self.readers(a) | self.readers(b) if self.first[g] <= last} - union
+        union, last = {a, b}, max(a.last, b.last)
+        front = {g for g in self.readers(a) | self.readers(b) if g.first <= last} - union
         back = (self.producers(a) | self.producers(b)) - union if front else set()
         reached, needed = set(front), set(back)
         while front and back and reached.isdisjoint(needed):
             if len(reached) < len(needed):
-                found = {r for g in front for r in self.readers(g) if self.first[r] <= last}
+                found = {r for g in front for r in self.readers(g) if r.first <= last}
                 front = found - reached - union
                 reached |= front
             else:
@@ -336,13 +366,13 @@ class _Fuser:
                 needed |= back
         return not reached.isdisjoint(needed)
 
-    def readers(self, group: str) -> set[str]:
+    def readers(self, group: _Group) -> set[_Group]:
         """The groups that read a group's values, itself included if it does."""
-        return {self.group[name] for name in self.reading[group]}
+        return {self.group[name] for name in group.reading}
 
-    def producers(self, group: str) -> set[str]:
+    def producers(self, group: _Group) -> set[_Group]:
         """The groups whose values a group reads, itself included if it does."""
-        sources = (s.name for n in self.members[group] for _, s in self.sources[n.name])
+        sources = (s.name for n in group.members for _, s in self.sources[n.name])
         return {self.group[name] for name in sources if name in self.group}
 
     def _readers(self, value: Value) -> frozenset[str]:
@@ -400,27 +430,17 @@ class _Fuser:
         unit_of: dict[str, int] = {}
         units: list[Node | list[Node]] = []
         for node in self.graph.nodes:
+            if node.name in unit_of:
+                continue  # of a region that has begun
             if node.op in SOURCES or is_alias(node):
                 unit_of[node.name] = len(units)
                 units.append(node)
-            elif is_view(node):
-                if node.name in needed_views:
-                    unit_of[node.name] = len(units)
-                    units.append([node])
-            elif (
-                self.members[self.group[node.name]][0] is node
-                or self.group[node.name] not in unit_of
-            ):
-                unit_of.setdefault(self.group[node.name], len(units))
-                if unit_of[self.group[node.name]] == len(units):
-                    units.append(
-                        sorted(
-                            self.members[self.group[node.name]], key=lambda n: self.position[n.name]
-                        )
-                    )
-        for node in self.nodes:
-            if not is_view(node) and not is_alias(node):
-                unit_of[node.name] = unit_of[self.group[node.name]]
+            elif not is_view(node) or node.name in needed_views:
+                region = sorted(
+                    self.group[node.name].members, key=lambda n: self.position[n.name]
+                )
+                unit_of.update((member.name, len(units)) for member in region)
+                units.append(region)
         return self.sorted_units(units, unit_of)
 
     def read_as_memory(self, value: Value) -> bool:

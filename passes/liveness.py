@@ -6,7 +6,7 @@ does. Every other value has a storage of its own, unless it is a view or is comp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from graphc.ir import ALIGNMENT, SOURCES, Graph, Node, Value, block_bytes, is_view, root
@@ -159,7 +159,7 @@ def _overwritten(
 ) -> Storage | None:
     """The storage of an operand that this output may take over."""
     allowed = {slot for output, slot in node.attrs.get("inplace", ()) if output == value.index}
-    roots = [root(v) for v in node.inputs]
+    roots = [root(v) for v in node.inputs] if allowed else []
     for slot in sorted(allowed):
         storage = owner.get(roots[slot])
         if storage is None or storage.size != size or storage.last != position:
@@ -176,6 +176,15 @@ def _overwritten(
     return None
 
 
+def uses(graph: Graph, value: Value) -> Iterator[tuple[Node, int]]:
+    """(consumer, operand slot) of every use of a value, directly or through views."""
+    for node, slot in graph.users(value):
+        if is_view(node):
+            yield from uses(graph, node[0])
+        else:
+            yield node, slot
+
+
 def updated_in_place(graph: Graph, order: list[Node] | None = None) -> dict[str, Value]:
     """Updates that may be written straight into the parameter or state they update, by its name.
 
@@ -185,11 +194,6 @@ def updated_in_place(graph: Graph, order: list[Node] | None = None) -> dict[str,
     """
     nodes = graph.nodes if order is None else order
     position = {node.name: i for i, node in enumerate(nodes)}
-    readers: dict[Value, list[tuple[Node, int]]] = {}
-    for node in nodes:
-        if not is_view(node):
-            for slot, value in enumerate(node.inputs):
-                readers.setdefault(root(value), []).append((node, slot))
     results = {root(v) for v in graph.results}
     taken: dict[str, Value] = {}
     used: set[Value] = set()
@@ -202,7 +206,7 @@ def updated_in_place(graph: Graph, order: list[Node] | None = None) -> dict[str,
         allowed = {slot for output, slot in node.attrs.get("inplace", ()) if output == value.index}
         if all(
             position[reader.name] < position[node.name] or (reader is node and slot in allowed)
-            for reader, slot in readers.get(old, ())
+            for reader, slot in uses(graph, old)
         ):
             taken[name] = value
             used.add(value)

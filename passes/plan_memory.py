@@ -193,10 +193,11 @@ def plan_memory(
 
 def _place_parts(piece: Storage) -> list[int]:
     """Offsets of a storage's parts in a thread's share of it, which gets the size they take."""
+    if not piece.parts:
+        return []
     offsets = place(piece.parts, live_bytes(piece.parts, piece.last))
-    if offsets:
-        ends = (at + part.size for at, part in zip(offsets, piece.parts, strict=True))
-        piece.size = piece.copies * max(ends)
+    ends = (at + part.size for at, part in zip(offsets, piece.parts, strict=True))
+    piece.size = piece.copies * max(ends)
     return offsets
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from graphc.ir import Graph, Node, Value
 from passes.base import Pass, note
-from passes.eliminate_dead import EliminateDead
+from passes.eliminate_dead import remove_dead
 from passes.fuse import REDUCTIONS
 
 CHEAP = frozenset({"add", "sub", "mul", "relu"})
@@ -45,10 +45,8 @@ class RepeatAffine(Pass):
             own = [fresh(new, *pair, phase) for pair in zip(node.inputs, inputs, strict=True)]
             return new.copy_node(node, tuple(own)).outputs
 
-        rebuilt = graph.rebuild(visit)
-        new = EliminateDead(keep_inputs=True).run(rebuilt)
-        if new is not rebuilt:
-            rebuilt.dissolve()
+        new = graph.rebuild(visit)
+        remove_dead(new, keep_inputs=True)
         note(new, f"{repeated} scaled or shifted values are computed by their readers")
         return new
 

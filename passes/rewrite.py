@@ -13,7 +13,7 @@ from typing import Any
 
 from graphc.ir import SOURCES, Graph, Node, TensorType, Value
 from graphc.ops import registry
-from passes.eliminate_dead import EliminateDead
+from passes.eliminate_dead import EliminateDead, remove_dead
 
 # Nested rewrites of one node. Each rule makes its node smaller, so that real graphs stay far below.
 _DEPTH = 32
@@ -33,21 +33,15 @@ def rewrite(
     """
     fired: Counter[str] = Counter()
     given, graph = graph, EliminateDead(keep_inputs=True).run(graph)
-    on_the_way = [graph]
     for _ in range(sweeps):
         sweep = _Sweep(graph, rules, everywhere)
-        rebuilt = graph.rebuild(sweep.visit)
-        on_the_way.append(rebuilt)
-        if not sweep.fired:
-            break
+        before, graph = graph, graph.rebuild(sweep.visit)
+        remove_dead(graph, keep_inputs=True)
+        if before is not given:
+            before.dissolve()
         fired += sweep.fired
-        graph = EliminateDead(keep_inputs=True).run(rebuilt)
-        on_the_way.append(graph)
-        if not sweep.unfinished(graph):
+        if not sweep.fired or not sweep.unfinished(graph):
             break
-    for other in on_the_way:
-        if other is not graph and other is not given:
-            other.dissolve()
     return graph, fired
 
 
