@@ -87,7 +87,8 @@ class Graph:
     """A static dataflow graph under construction or transformation.
 
     `outputs` maps output names to values; `updates` maps the name of a parameter or state to the
-    value it takes at the end of a step.
+    value it takes at the end of a step. Of a graph that is `released` nothing is needed but one
+    transformed graph: its nodes move there instead of being copied.
     """
 
     def __init__(self, name: str = "graph"):
@@ -100,6 +101,7 @@ class Graph:
         self.outputs: dict[str, Value] = {}
         self.updates: dict[str, Value] = {}
         self.annotations: dict[str, Any] = {}
+        self.released = False
         self._counters: dict[str, int] = {}
         # Names that only named sources may take: those a rebuild has yet to copy.
         self._reserved: frozenset[str] = frozenset()
@@ -368,43 +370,59 @@ class Graph:
         """A new graph made by visiting every node in order.
 
         `visit(new_graph, node, new_inputs)` returns the values that stand for the node's outputs,
-        or None to copy the node as it is. Origins and layouts are kept; outputs and updates are
+        or None to adopt the node as it is. Origins and layouts are kept; outputs and updates are
         carried over.
         """
         new = Graph(name or self.name)
         new.annotations = dict(self.annotations)
         new._reserved = frozenset(n.name for n in self.nodes if n.op in NAMED_SOURCES)
-        mapping: dict[Value, Value] = {}
+        changed: dict[Value, Value] = {}
         for node in self.nodes:
-            inputs = tuple([mapping[v] for v in node.inputs])
+            inputs = tuple([changed.get(v, v) for v in node.inputs])
             new._origin = node.origin
             values = visit(new, node, inputs) if visit else None
             if values is None:
-                values = new.copy_node(node, inputs).outputs
-            for old, value in zip(node.outputs, values, strict=True):
-                mapping[old] = value
+                values = new.adopt(node, inputs).outputs
+            if values is not node.outputs:
+                changed.update(zip(node.outputs, values, strict=True))
         new._origin, new._reserved = None, frozenset()
-        new.outputs = {k: mapping[v] for k, v in self.outputs.items()}
-        new.updates = {k: mapping[v] for k, v in self.updates.items()}
+        new.outputs = {k: changed.get(v, v) for k, v in self.outputs.items()}
+        new.updates = {k: changed.get(v, v) for k, v in self.updates.items()}
         return new
 
+    def adopt(self, node: Node, inputs: tuple[Value, ...], name: str | None = None) -> Node:
+        """Append a node of another graph with operands of this one, keeping its origin and layouts,
+        and its name where that is free: the node itself if its graph is released, else a copy."""
+        if not node.graph.released or not self._takes(node, inputs):
+            return self.copy_node(node, inputs, name)
+        node.name, node.graph, node.inputs = self._free(name or node.name, node), self, inputs
+        return self._append(node)
+
     def copy_node(self, node: Node, inputs: tuple[Value, ...], name: str | None = None) -> Node:
-        """Append a copy of a node of another graph, keeping name, origin and layouts."""
-        # Most of a compilation's nodes are made here.
+        """Append a copy of a node of another graph, as `adopt` does."""
+        if self._takes(node, inputs):
+            return self._append(node.copied(self, self._free(name or node.name, node), inputs))
+        with self.origin(node.origin):
+            copy = self.add(node.op, inputs, node.attrs, name=name or node.name)
+        copy.layouts = node.layouts
+        return copy
+
+    def _takes(self, node: Node, inputs: tuple[Value, ...]) -> bool:
+        """Whether operands of this graph have the types that a node of another graph reads."""
+        same = True
         for value, old in zip(inputs, node.inputs, strict=True):
             producer, before = value.node, old.node
             if producer.graph is not self:
                 self._refuse(value, f"operand {inputs.index(value)} of {node.describe()}")
-            alike = producer.types is before.types and value.index == old.index
-            if not alike and value.type != old.type:
-                with self.origin(node.origin):
-                    copy = self.add(node.op, inputs, node.attrs, name=name or node.name)
-                copy.layouts = node.layouts
-                return copy
-        name = name or node.name
+            if producer.types is not before.types or value.index != old.index:
+                same = same and value.type == old.type
+        return same
+
+    def _free(self, name: str, node: Node) -> str:
+        """The name that a node of another graph gets here."""
         if name in self._nodes or name in self._reserved:
-            name = self._unique(name, exact=node.op in NAMED_SOURCES)
-        return self._append(node.copied(self, name, inputs))
+            return self._unique(name, exact=node.op in NAMED_SOURCES)
+        return name
 
     def copy(self) -> Graph:
         return self.reordered(self.nodes)
@@ -427,14 +445,13 @@ class Graph:
         name, another is called `<name>.again`."""
         new = Graph(self.name)
         new.annotations = dict(self.annotations)
-        mapping: dict[Value, Value] = {}
+        made: dict[Value, Value] = {}
         for node in order:
             name = f"{node.name}.again" if node.name in new else node.name
-            copy = new.copy_node(node, tuple([mapping[v] for v in node.inputs]), name)
-            for old, value in zip(node.outputs, copy.outputs, strict=True):
-                mapping[old] = value
-        new.outputs = {k: mapping[v] for k, v in self.outputs.items() if v in mapping}
-        new.updates = {k: mapping[v] for k, v in self.updates.items() if v in mapping}
+            copy = new.adopt(node, tuple([made[v] for v in node.inputs]), name)
+            made.update(zip(node.outputs, copy.outputs, strict=True))
+        new.outputs = {k: made[v] for k, v in self.outputs.items() if v in made}
+        new.updates = {k: made[v] for k, v in self.updates.items() if v in made}
         return new
 
     def bind(self, dims: Mapping[str, int]) -> Graph:
@@ -477,12 +494,14 @@ class Graph:
         return self.rebuild(visit)
 
     def dissolve(self) -> None:
-        """Take apart a graph that nothing refers to any more, nor to its nodes and values.
+        """Take apart a graph that nothing refers to any more, nor to its nodes and values, but for
+        nodes that another graph has adopted.
 
         They refer to one another: else only the collector of cycles would find them, and look
         through all that a compilation keeps."""
         for node in self._nodes.values():
-            node.inputs = node.outputs = ()
+            if node.graph is self:
+                node.dissolve()
         if self._nx is not None:
             self._nx.clear()
         self._nodes, self._users, self._entered = {}, {}, 0

@@ -49,6 +49,10 @@ class Node:
             copy.outputs = tuple([Value(copy, i) for i in range(len(self.types))])
         return copy
 
+    def dissolve(self) -> None:
+        """Take apart a node that nothing refers to any more, nor to its values."""
+        self.inputs = self.outputs = ()
+
     def set_types(self, types: tuple[TensorType, ...]) -> None:
         self.types = types
         self.layouts: tuple[Layout, ...] = (ROWS,) * len(types)

@@ -27,7 +27,8 @@ class Pass(ABC):
     """A function from a valid graph to a valid graph, with options.
 
     Subclasses are frozen dataclasses whose fields are the options. Their docstring says what `run`
-    requires of the graph and what holds afterwards. `run` never changes the graph it is given.
+    requires of the graph and what holds afterwards. `run` never changes the graph it is given, but
+    for the nodes that a released graph hands on.
     """
 
     @property
@@ -113,16 +114,19 @@ class Pipeline:
         given, records = graph, []
         for step in self.passes:
             before = graph
+            needed = observer is not None or (before is given and not consume)
+            before.released = not needed
             start = time.perf_counter()
             graph = step.run(before)
             seconds = time.perf_counter() - start
+            graph.released = False
             notes = graph.annotations.pop(_NOTES, ())
             record = PassRecord(step.name, seconds, len(before), len(graph), notes)
             records.append(record)
             if check:
                 verify_graph(graph, f"after pass {step.name}", {n.origin for n in before})
             report(record, graph, observer)
-            if graph is not before and observer is None and (consume or before is not given):
+            if graph is not before and not needed:
                 before.dissolve()
         return graph, tuple(records)
 

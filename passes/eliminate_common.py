@@ -45,7 +45,7 @@ class EliminateCommon(Pass):
             if node.op in EXPANDING:
                 key = (key, node.origin.phase)
             if key not in seen:
-                seen[key] = new.copy_node(node, inputs)
+                seen[key] = new.adopt(node, inputs)
             return seen[key].outputs
 
         return graph.rebuild(visit)

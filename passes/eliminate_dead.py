@@ -38,6 +38,7 @@ def remove_dead(graph: Graph, keep_inputs: bool = False) -> None:
             needed.update([value.node.name for value in node.inputs])
         else:
             graph.remove(node)
+            node.dissolve()
 
 
 def _kept(graph: Graph, inputs: bool) -> set[str]:

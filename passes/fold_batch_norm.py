@@ -29,24 +29,24 @@ class FoldBatchNorm(Pass):
             uses[value] = uses.get(value, 0) + 1
         # Convolutions to fold, by the batch norm that follows them.
         pairs = {
-            node.name: node.inputs[0].node
+            node: node.inputs[0].node
             for node in graph
             if node.op == "batch_norm"
             and not node.attrs["training"]
             and node.inputs[0].node.op == "conv2d"
             and uses[node.inputs[0]] == 1
         }
-        operands: dict[str, tuple[Value, ...]] = {}
+        operands: dict[Node, tuple[Value, ...]] = {}
 
         def visit(new: Graph, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...] | None:
-            operands[node.name] = inputs
-            if node.name not in pairs:
+            operands[node] = inputs
+            if node not in pairs:
                 return None
-            conv = pairs[node.name]
+            conv = pairs[node]
             _, gamma, beta, mean, var = inputs
             scale = mul(rsqrt(add(var, node.attrs["eps"])), gamma)
             shift = sub(beta, mul(mean, scale))
-            x, weight = operands[conv.name]
+            x, weight = operands[conv]
             channels = int(gamma.shape[0])
             folded = mul(weight, reshape(scale, (channels, 1, 1, 1)))
             with new.origin(conv.origin):

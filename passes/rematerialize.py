@@ -82,6 +82,7 @@ class Rematerialize(Pass):
     updates_in_place: bool = False
 
     def run(self, graph: Graph) -> Graph:
+        graph.released = False  # more than one graph is made of it
         start = _State(graph, graph.nodes, self.size_of, self.updates_in_place)
         if self.limit is None and start.peak <= self.from_bytes:
             return graph

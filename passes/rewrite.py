@@ -103,7 +103,7 @@ class _Sweep:
         if node.op not in SOURCES and len(node.types) == 1:
             value = self.rewritten(new, node, node.op, inputs, node.attrs, node.types[0], 0)
         if value is None:
-            values = new.copy_node(node, inputs).outputs
+            values = new.adopt(node, inputs).outputs
             self.reads.update(inputs)
         else:
             values = (value,)

@@ -32,8 +32,8 @@ class SetMode(Pass):
             copy.layouts = node.layouts
             return copy.outputs
 
-        new = graph.rebuild(visit)
         idle = self._idle_updates(graph)
+        new = graph.rebuild(visit)
         new.updates = {name: v for name, v in new.updates.items() if name not in idle}
         return new
 
