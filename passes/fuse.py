@@ -113,14 +113,16 @@ def _only_ones_differ(node: Node) -> bool:
 class _Group:
     """Nodes that become one region.
 
-    first, last: positions of its first and last member. reading: names of the nodes that read its
-    values, members included. results: its values that must be stored, as they are results or read
-    from outside. ops: the operators of its members. update: whether they are the optimizer's."""
+    first, last: positions of its first and last member. reads, read_by: names of the other nodes
+    whose values it reads, sources left out, and that read its own, both behind views. results: its
+    values that must be stored, as they are results or read from outside. ops: the operators of its
+    members. update: whether they are the optimizer's."""
 
     members: list[Node]
     first: int
     last: int
-    reading: set[str]
+    reads: set[str]
+    read_by: set[str]
     results: list[Value]
     ops: set[str]
     update: bool
@@ -144,11 +146,11 @@ class _Fuser:
             if is_view(node) and node[0] in self.shown:
                 self.shown.add(viewed(node))
             self.read_by.update((v, self._readers(v)) for v in node.outputs)
-        self.group = {n.name: self.alone(n) for n in self.nodes}
         # What a node reads: each operand, and the node that makes it behind views.
         self.sources = {
             n.name: [(v, self.through_views(v.node)) for v in n.inputs] for n in self.nodes
         }
+        self.group = {n.name: self.alone(n) for n in self.nodes}
         self.reasons: dict[tuple[str, str], str] = {}
         self.summed: dict[str, bool] = {}
 
@@ -170,9 +172,10 @@ class _Fuser:
     def alone(self, node: Node) -> _Group:
         """The group of one node."""
         position, update = self.position[node.name], node.origin.phase == UPDATE
-        read_by = [self.read_by[v] for v in node.outputs]
-        reading, results = set().union(*read_by), self.results([node])
-        return _Group([node], position, position, reading, results, {node.op}, update)
+        reads = {s.name for _, s in self.sources[node.name] if s.op not in SOURCES}
+        read_by = set().union(*[self.read_by[v] for v in node.outputs])
+        results = [v for v in node.outputs if v in self.shown or self.read_by[v]]
+        return _Group([node], position, position, reads, read_by, results, {node.op}, update)
 
     def boundary(self, node: Node) -> bool:
         return node.op in SOURCES or is_alias(node) or is_view(node)
@@ -214,10 +217,12 @@ class _Fuser:
             a, b = b, a
         a.results = self.joint_results(a, b)
         a.first, a.last = min(a.first, b.first), max(a.last, b.last)
-        a.reading |= b.reading
         a.ops |= b.ops
         a.members += b.members
-        self.group.update((node.name, a) for node in b.members)
+        for node in b.members:
+            self.group[node.name] = a
+        a.reads = {name for name in a.reads | b.reads if self.group[name] is not a}
+        a.read_by = {name for name in a.read_by | b.read_by if self.group[name] is not a}
 
     def refuse(self, a: _Group, b: _Group) -> str:
         """Why two groups cannot be one region, or "" if they can."""
@@ -233,14 +238,13 @@ class _Fuser:
             return "padding writes around a contraction's register tile"
         if heavy and "max_unpool2d" in ops:
             return "unpooling reads each element of a contraction several times"
-        nodes = [*a.members, *b.members]
-        if "pad" in ops and (reason := self.pads_reduced(nodes)):
+        if "pad" in ops and (reason := self.pads_reduced([*a.members, *b.members])):
             return reason
         # The members of each that read the other.
-        across = [n for n in a.members if n.name in b.reading]
-        across += [n for n in b.members if n.name in a.reading]
-        for node in sorted(across, key=lambda n: self.position[n.name]):
-            other = b if self.group[node.name] is a else a
+        across = [name for name in b.read_by if self.group[name] is a]
+        across += [name for name in a.read_by if self.group[name] is b]
+        for name in sorted(across, key=self.position.__getitem__):
+            node, other = self.graph.node(name), b if self.group[name] is a else a
             for value, source in self.sources[node.name]:
                 if self.group.get(source.name) is not other:
                     continue
@@ -273,8 +277,9 @@ class _Fuser:
         results = self.joint_results(a, b)
         if not results:
             return ""
-        reason = self.shapes_differ(nodes, results, ops)
-        if reason:
+        reduced = REDUCTIONS & ops
+        reductions = [n for n in (*a.members, *b.members) if n.op in reduced] if reduced else []
+        if reason := self.shapes_differ(reductions, results, ops):
             return reason
         if self.path_outside(a, b):
             return "another kernel between them needs the one and feeds the other"
@@ -291,29 +296,28 @@ class _Fuser:
                 reduced.add(node.name)
         return ""
 
-    def shapes_differ(self, nodes: list[Node], results: list[Value], ops: set[str]) -> str:
-        """Why nodes of these operators cannot share their loops, or ""."""
-        shapes = {v.shape for v in results}
+    def shapes_differ(self, reductions: list[Node], results: list[Value], ops: set[str]) -> str:
+        """Why a region with these reductions, results and operators cannot share its loops, or ""."""
+        shapes = {v.sizes for v in results}
+        if len(shapes) == 1 and not reductions:
+            return ""
         if len({len(s) for s in shapes}) > 1:
             return f"results of different ranks {sorted(shapes)}"
-        reduces = not REDUCTIONS.isdisjoint(ops)
-        if len(shapes) == 1 and not reduces:
-            return ""
-        outer, reduced = _outer(nodes, results)
+        outer, reduced = _outer(reductions, shapes)
         if any(d != o and o != 1 for s in shapes for d, o in zip(s, outer, strict=True)):
             return f"results of different shapes {sorted(shapes)}"
         if all(s == outer for s in shapes) and not reduced:
             return ""
         if not ops.isdisjoint(WINDOWS | CONTRACTIONS | {"max_unpool2d"}):
             return f"results of different shapes {sorted(shapes)}"
-        if not reduces:
+        if not reductions:
             return (
                 f"a broadcast value {list(outer)} is stored once, its readers run over other axes"
             )
         if 0 in reduced and any(s != outer for s in shapes):
             return "a sum over the batch ends before what follows it can begin"
-        for node in nodes:
-            if node.op in REDUCTIONS and node.inputs[0].rank != len(outer):
+        for node in reductions:
+            if node.inputs[0].rank != len(outer):
                 return f"{node.name!r} reduces a value of another rank"
         return ""
 
@@ -367,13 +371,12 @@ class _Fuser:
         return not reached.isdisjoint(needed)
 
     def readers(self, group: _Group) -> set[_Group]:
-        """The groups that read a group's values, itself included if it does."""
-        return {self.group[name] for name in group.reading}
+        """The groups that read a group's values."""
+        return {self.group[name] for name in group.read_by}
 
     def producers(self, group: _Group) -> set[_Group]:
-        """The groups whose values a group reads, itself included if it does."""
-        sources = (s.name for n in group.members for _, s in self.sources[n.name])
-        return {self.group[name] for name in sources if name in self.group}
+        """The groups whose values a group reads."""
+        return {self.group[name] for name in group.reads}
 
     def _readers(self, value: Value) -> frozenset[str]:
         names: set[str] = set()
@@ -402,7 +405,7 @@ class _Fuser:
         results = self.results(nodes)
         region = _Region(nodes)
         body, local = region.body, region.local
-        lead = _lead(nodes)
+        lead, shapes = _lead(nodes), {v.sizes for v in results}
         with body.origin(lead.origin):
             for node in nodes:
                 copy = body.copy_node(node, tuple([region.value(v) for v in node.inputs]))
@@ -412,7 +415,7 @@ class _Fuser:
             fused = new.add(
                 "fused",
                 [mapping[v] for v in region.operands],
-                {"body": body, "kind": lead.op, "outer": _outer(nodes, results)[0]},
+                {"body": body, "kind": lead.op, "outer": _outer(nodes, shapes)[0]},
                 name=lead.name,
             )
         for value, result in zip(results, fused.outputs, strict=True):
@@ -436,9 +439,7 @@ class _Fuser:
                 unit_of[node.name] = len(units)
                 units.append(node)
             elif not is_view(node) or node.name in needed_views:
-                region = sorted(
-                    self.group[node.name].members, key=lambda n: self.position[n.name]
-                )
+                region = sorted(self.group[node.name].members, key=lambda n: self.position[n.name])
                 unit_of.update((member.name, len(units)) for member in region)
                 units.append(region)
         return self.sorted_units(units, unit_of)
@@ -505,9 +506,8 @@ class _Region:
         return local[value]
 
 
-def _outer(nodes: list[Node], results: list[Value]) -> tuple[tuple[int, ...], set[int]]:
-    """The loops that all results of a region share (1: no loop), and the axes that it reduces."""
-    shapes = {v.sizes for v in results}
+def _outer(nodes: list[Node], shapes: set[tuple[int, ...]]) -> tuple[tuple[int, ...], set[int]]:
+    """The loops that results of these shapes share (1: no loop), and the axes that nodes reduce."""
     outer = tuple(map(min, zip(*shapes, strict=True)))
     reduced: set[int] = set()
     for node in nodes:
