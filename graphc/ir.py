@@ -181,10 +181,11 @@ class Graph:
         return any(users.get(v) for v in node.outputs)
 
     def _all_users(self) -> dict[Value, list[tuple[Node, int]]]:
-        for node in self._last(len(self._nodes) - self._entered):
-            for slot, value in enumerate(node.inputs):
-                self._users.setdefault(value, []).append((node, slot))
-        self._entered = len(self._nodes)
+        if self._entered != len(self._nodes):
+            for node in self._last(len(self._nodes) - self._entered):
+                for slot, value in enumerate(node.inputs):
+                    self._users.setdefault(value, []).append((node, slot))
+            self._entered = len(self._nodes)
         return self._users
 
     def _last(self, count: int) -> list[Node]:
@@ -378,7 +379,9 @@ class Graph:
         new._reserved = frozenset(n.name for n in self.nodes if n.op in NAMED_SOURCES)
         changed: dict[Value, Value] = {}
         for node in self.nodes:
-            inputs = tuple([changed.get(v, v) for v in node.inputs])
+            inputs = node.inputs
+            if not changed.keys().isdisjoint(inputs):
+                inputs = tuple([changed.get(v, v) for v in inputs])
             new._origin = node.origin
             values = visit(new, node, inputs) if visit else None
             if values is None:
@@ -393,7 +396,7 @@ class Graph:
     def adopt(self, node: Node, inputs: tuple[Value, ...], name: str | None = None) -> Node:
         """Append a node of another graph with operands of this one, keeping its origin and layouts,
         and its name where that is free: the node itself if its graph is released, else a copy."""
-        if not node.graph.released or not self._takes(node, inputs):
+        if not node.graph.released or (inputs != node.inputs and not self._takes(node, inputs)):
             return self.copy_node(node, inputs, name)
         node.name, node.graph, node.inputs = self._free(name or node.name, node), self, inputs
         return self._append(node)

@@ -35,7 +35,11 @@ class Node:
         self.inputs = inputs
         self.attrs = attrs
         self.origin = origin
-        self.set_types(types)
+        self.types: tuple[TensorType, ...] = ()
+        self.layouts: tuple[Layout, ...] = ()
+        self.outputs: tuple[Value, ...] = ()
+        if types:
+            self.set_types(types)
 
     def copied(self, graph: Graph, name: str, inputs: tuple[Value, ...]) -> Node:
         """The same application in another graph, on operands of the same types."""
@@ -43,10 +47,7 @@ class Node:
         copy.graph, copy.name, copy.op, copy.inputs = graph, name, self.op, inputs
         copy.attrs, copy.origin = dict(self.attrs), self.origin
         copy.types, copy.layouts = self.types, self.layouts
-        if len(self.types) == 1:
-            copy.outputs = (Value(copy),)
-        else:
-            copy.outputs = tuple([Value(copy, i) for i in range(len(self.types))])
+        copy.outputs = copy._values()
         return copy
 
     def dissolve(self) -> None:
@@ -55,8 +56,13 @@ class Node:
 
     def set_types(self, types: tuple[TensorType, ...]) -> None:
         self.types = types
-        self.layouts: tuple[Layout, ...] = (ROWS,) * len(types)
-        self.outputs = tuple(Value(self, i) for i in range(len(types)))
+        self.layouts = (ROWS,) * len(types)
+        self.outputs = self._values()
+
+    def _values(self) -> tuple[Value, ...]:
+        if len(self.types) == 1:
+            return (Value(self),)
+        return tuple([Value(self, i) for i in range(len(self.types))])
 
     def __getitem__(self, index: int) -> Value:
         return self.outputs[index]

@@ -141,7 +141,10 @@ ALIGNMENT = 64
 def block_bytes(value: Value) -> int:
     """Bytes of a value in its layout, padded lanes included, rounded up to the alignment; of one
     thread's copy, where threads have memory of their own."""
-    return _block_bytes(value.layout, value.sizes, value.type.itemsize)
+    kind, layout = value.type, value.layout
+    if layout is ROWS:
+        return -(-kind.nbytes // ALIGNMENT) * ALIGNMENT
+    return _block_bytes(layout, kind.sizes, kind.itemsize)
 
 
 @functools.lru_cache(1 << 14)

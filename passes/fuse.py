@@ -297,7 +297,7 @@ class _Fuser:
         return ""
 
     def shapes_differ(self, reductions: list[Node], results: list[Value], ops: set[str]) -> str:
-        """Why a region with these reductions, results and operators cannot share its loops, or ""."""
+        """Why a region of these reductions, results and operators cannot share loops, or ""."""
         shapes = {v.sizes for v in results}
         if len(shapes) == 1 and not reductions:
             return ""

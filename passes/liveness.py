@@ -6,7 +6,8 @@ does. Every other value has a storage of its own, unless it is a view or is comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from graphc.ir import ALIGNMENT, SOURCES, Graph, Node, Value, block_bytes, is_view, root
@@ -114,7 +115,7 @@ def _in_groups(pieces: list[Storage], groups: _Limits, runs: _Limits) -> list[St
             result.append(scratch[first])
         scratch[first].parts.append(piece)
     for whole in scratch.values():
-        whole.size = whole.copies * peak_bytes(whole.parts, whole.last)
+        whole.size = whole.copies * peak_bytes(whole.parts)
     return result
 
 
@@ -213,19 +214,17 @@ def updated_in_place(graph: Graph, order: list[Node] | None = None) -> dict[str,
     return taken
 
 
-def live_bytes(storage: list[Storage], positions: int) -> list[int]:
-    """Bytes live at each of `positions` positions, and once more after the last."""
-    change = [0] * (positions + 2)
+def live_bytes(storage: Sequence[Storage], positions: int, start: int = 0) -> list[int]:
+    """Bytes live at each position from `start` to `positions`, the one after the last."""
+    change = [0] * (positions - start + 2)
     for s in storage:
-        change[s.first] += s.size
-        change[s.last + 1] -= s.size
-    total, result = 0, []
-    for delta in change[: positions + 1]:
-        total += delta
-        result.append(total)
-    return result
+        change[s.first - start] += s.size
+        change[s.last - start + 1] -= s.size
+    return list(itertools.accumulate(change[:-1]))
 
 
-def peak_bytes(storage: list[Storage], positions: int) -> int:
+def peak_bytes(storage: Sequence[Storage]) -> int:
     """Bytes of the largest set of storages that live at the same time."""
-    return max(live_bytes(storage, positions), default=0)
+    if not storage:
+        return 0
+    return max(live_bytes(storage, max(s.last for s in storage), min(s.first for s in storage)))

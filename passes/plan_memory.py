@@ -157,9 +157,9 @@ def plan_memory(
     if not reuse:
         for piece in pieces:
             piece.first, piece.last = 0, len(graph)
-    bound = peak_bytes(pieces, len(graph))
+    bound = peak_bytes(pieces)
     within = [_place_parts(piece) for piece in pieces]
-    offsets = place(pieces, live_bytes(pieces, len(graph)))
+    offsets = place(pieces)
     where: dict[tuple[str, int], int] = {}
     steps: dict[tuple[str, int], int] = {}
     for piece, offset, inner in zip(pieces, offsets, within, strict=True):
@@ -195,7 +195,7 @@ def _place_parts(piece: Storage) -> list[int]:
     """Offsets of a storage's parts in a thread's share of it, which gets the size they take."""
     if not piece.parts:
         return []
-    offsets = place(piece.parts, live_bytes(piece.parts, piece.last))
+    offsets = place(piece.parts)
     ends = (at + part.size for at, part in zip(offsets, piece.parts, strict=True))
     piece.size = piece.copies * max(ends)
     return offsets
@@ -210,7 +210,7 @@ def _placement(piece: Storage, offset: int, within: Sequence[int] = ()) -> Place
     return Placement(piece.name, piece.size, *limits, offset, tuple(names), parts, piece.copies)
 
 
-def place(pieces: Sequence[Storage], live: Sequence[int]) -> list[int]:
+def place(pieces: Sequence[Storage]) -> list[int]:
     """Byte offset of each storage, such that storages that live at the same time do not overlap.
 
     Greedy best fit (Pisarchyk & Lee 2020, Efficient Memory Management for Deep Neural Net
@@ -223,6 +223,8 @@ def place(pieces: Sequence[Storage], live: Sequence[int]) -> list[int]:
     """
     if not pieces:
         return []
+    start = min(p.first for p in pieces)
+    live = live_bytes(pieces, max(p.last for p in pieces), start)
     bound = max(live)
     enough = bound + bound // 1000  # what is left to gain is not worth the time
     first = np.array([p.first for p in pieces])
@@ -233,7 +235,7 @@ def place(pieces: Sequence[Storage], live: Sequence[int]) -> list[int]:
         """Which storages live at the same time as one."""
         return (first <= pieces[i].last) & (last >= pieces[i].first)
 
-    breadth = [max(live[p.first : p.last + 1]) for p in pieces]
+    breadth = [max(live[p.first - start : p.last - start + 1]) for p in pieces]
     orders: list[Callable[[int], tuple]] = [
         lambda i: (-pieces[i].size, pieces[i].first - pieces[i].last, i),
         lambda i: (-breadth[i], -pieces[i].size, i),

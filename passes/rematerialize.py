@@ -213,7 +213,7 @@ class _State:
     @cached_property
     def arena(self) -> int:
         """Bytes of the arena of its plan."""
-        offsets = place(self.pieces, self.live)
+        offsets = place(self.pieces)
         return max((o + p.size for o, p in zip(offsets, self.pieces, strict=True)), default=0)
 
     @cached_property

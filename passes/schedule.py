@@ -47,7 +47,7 @@ class Schedule(Pass):
             updates_in_place=self.updates_in_place,
             order=order,
         )
-        return peak_bytes(pieces, len(graph))
+        return peak_bytes(pieces)
 
     def _order(self, graph: Graph, greedy: bool) -> list[Node]:
         nodes = graph.nodes

@@ -20,7 +20,7 @@ from passes.autodiff import Autodiff, differentiate
 from passes.base import Pipeline, verify_graph
 from passes.fuse import Fuse
 from passes.gather_updates import GatherUpdates
-from passes.liveness import Storage, live_bytes, peak_bytes, storage_bytes, storages
+from passes.liveness import Storage, peak_bytes, storage_bytes, storages
 from passes.pipeline import BACKWARD, FORWARD
 from passes.plan_memory import MemoryPlan, PlanMemory, place, plan_memory
 from passes.schedule import Schedule
@@ -112,18 +112,17 @@ intervals = st.lists(
 @given(intervals)
 def test_storages_that_live_together_never_overlap(items):
     pieces = [Storage(str(i), 64 * s, a, a + n) for i, (a, n, s) in enumerate(items)]
-    live = live_bytes(pieces, 33)
-    offsets = place(pieces, live)
+    offsets = place(pieces)
     for i, p in enumerate(pieces):
         for j, q in enumerate(pieces[:i]):
             together = p.first <= q.last and q.first <= p.last
             apart = offsets[i] + p.size <= offsets[j] or offsets[j] + q.size <= offsets[i]
             assert apart or not together or not p.size or not q.size
     arena = max(o + p.size for o, p in zip(offsets, pieces, strict=True))
-    bound = peak_bytes(pieces, 33)
+    bound = peak_bytes(pieces)
     assert bound <= arena <= sum(p.size for p in pieces)
     assert bound == max(sum(p.size for p in pieces if p.first <= t <= p.last) for t in range(34))
-    assert place(pieces, live) == offsets
+    assert place(pieces) == offsets
 
 
 def test_thousands_of_values_are_planned_quickly():
@@ -132,12 +131,11 @@ def test_thousands_of_values_are_planned_quickly():
     for i in range(4000):  # like a deep network's step: half of the values wait for the backward
         last = min(4000, i + int(rng.integers(1, 5))) if i % 2 else 4000 - i // 2
         pieces.append(Storage(str(i), 64 * int(rng.integers(1, 4096)), i, max(i, last)))
-    live = live_bytes(pieces, 4001)
     start = time.process_time()  # others may keep the machine busy
-    offsets = place(pieces, live)
+    offsets = place(pieces)
     seconds = time.process_time() - start
     arena = max(o + p.size for o, p in zip(offsets, pieces, strict=True))
-    assert arena <= 1.05 * max(live)
+    assert arena <= 1.05 * peak_bytes(pieces)
     assert seconds < 5, f"{seconds:.1f} s for 4,000 storages"  # about one
 
 
@@ -181,7 +179,7 @@ def test_schedule_is_never_worse(recipe, in_place):
     after, _ = Pipeline((Schedule(updates_in_place=in_place),)).run(graph, verify=True)
     before_peak, after_peak = after.annotations["peak_bytes"]
     assert after_peak <= before_peak
-    assert after_peak == peak_bytes(storages(after), len(after))
+    assert after_peak == peak_bytes(storages(after))
 
 
 def parameter_read_after_its_update() -> Graph:

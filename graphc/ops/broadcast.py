@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 from graphc import errors
 from graphc.expr import Index
 from graphc.ir import Dimension, TensorType, Value
 
 
+@functools.lru_cache(1 << 12)
 def broadcast_shapes(*shapes: tuple[Dimension, ...]) -> tuple[Dimension, ...]:
     """The common shape. Raises ShapeError. Symbolic dimensions match themselves and 1."""
     rank = max((len(s) for s in shapes), default=0)
