@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 from random_graphs import one
 
-from graphc import errors, ops, zoo
+from graphc import errors, ops, optim, zoo
+from graphc.compiler import algorithms, default_pipeline, memory_pipeline, transform
 from graphc.ir import Graph, Origin
 from passes.base import InvalidGraphError, Pass, Pipeline, note, verify_graph
 from passes.canonicalize import Canonicalize
@@ -140,3 +141,37 @@ def test_superseded_graphs_are_taken_apart():
     made.clear()
     steps.run(given, consume=True)
     assert [len(g) for g in (given, *made)] == [0, 0, size]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_passes_make_the_same_graph_of_nodes_that_they_may_take(training):
+    """An observer may keep every graph, so that none is released."""
+
+    def planned(observer):
+        options = {"loss": "loss", "optimizer": optim.SGD(0.1)} if training else {}
+        before = algorithms("cpu", "float32", training)
+        dims = {"N": 2}
+        joint, _ = transform(
+            zoo.resnet20(), ["loss"], dims, algorithms=before, observer=observer, **options
+        )
+        shape = default_pipeline() + memory_pipeline(2)
+        return shape.run(joint, observer=observer, consume=True)[0]
+
+    kept, taken = planned(lambda record, graph: None), planned(None)
+    assert taken == kept and [n.name for n in taken] == [n.name for n in kept]
+    assert [n.origin for n in taken] == [n.origin for n in kept]
+    assert taken.annotations["memory"] == kept.annotations["memory"]
+    verify_graph(taken)
+
+
+def test_a_released_graph_hands_its_nodes_on():
+    graph = one(lambda x: ops.sum(ops.tanh(x)))
+    nodes = graph.nodes
+    copy = graph.copy()
+    assert all(a is not b for a, b in zip(copy, nodes, strict=True))
+    graph.released = True
+    taken = graph.rebuild()
+    assert all(a is b and b.graph is taken for a, b in zip(taken, nodes, strict=True))
+    graph.dissolve()
+    assert taken == copy
+    verify_graph(taken)
