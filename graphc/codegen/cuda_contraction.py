@@ -113,10 +113,11 @@ class _TiledEmitter(CudaEmitter):
         self.batch = Flat(c.kernel, c.batch)
         self.steps = -(-c.extent(c.inner) // (tile.depth * splits))
         terms = self.steps * splits * tile.depth
-        common = terms, tile.depth, tile.threads, tile.padding, tile.stores
-        self.left = Operand("left", c.left, c, self.rows, tile.rows, 0, *common)
+        common = terms, tile.depth, tile.threads, tile.padding
+        left, right = tile.stores
+        self.left = Operand("left", c.left, c, self.rows, tile.rows, 0, *common, left)
         after = self.left.size
-        self.right = Operand("right", c.right, c, self.columns, tile.columns, after, *common)
+        self.right = Operand("right", c.right, c, self.columns, tile.columns, after, *common, right)
         self.stage = self.left.size + self.right.size
         self.by_line = self.left.by_line, self.right.by_line
         self.lines: list[str] = []
@@ -137,7 +138,7 @@ class _TiledEmitter(CudaEmitter):
         self._begin()
         self._multiply_all()
         self._add(1, "cuda.syncthreads()")
-        self._add(1, *(f"{name} = place[{k}]" for k, name in enumerate(self._place)))
+        self._add(1, "block = place[0]", *self._share())
         for group in range(self.tiled.row_groups):
             self._finish(group)
         return self._module()
@@ -172,8 +173,7 @@ class _TiledEmitter(CudaEmitter):
 
     def _begin(self) -> None:
         """Memory, the block's tile, and what is known before the first term."""
-        tile, columns = self.tiled, -(-self.columns.extent // self.tiled.columns)
-        rows = self.tiles // columns
+        tile = self.tiled
         drained = tile.rows // tile.row_groups * self._drain_pitch
         self._add(
             1,
@@ -181,24 +181,12 @@ class _TiledEmitter(CudaEmitter):
             f"sums = cuda.local.array({tile.part}, float32)",
             "t = U(cuda.threadIdx.x)",
             "block = U(cuda.blockIdx.x)",
-            f"right_first = {self._first_line(1, columns, tile.columns)}",
-            f"left_first = {self._first_line(columns, rows, tile.rows)}",
-            f"item = U(block // U({self.tiles}))",
-            "term = U(0)",
-        )
-        if self.splits > 1:
-            self._add(
-                1,
-                f"split = U(item % U({self.splits}))",
-                f"item = U(item // U({self.splits}))",
-                f"term = U(split * U({self.steps * tile.depth}))",
-            )
-        # Needed again at the end only: until then the registers are for the sums.
-        self._add(
-            1,
-            f"place = cuda.shared.array({len(self._place)}, U)",
+            # Needed again at the end only: until then the registers are for the sums.
+            "place = cuda.shared.array(1, U)",
             "if t == U(0):",
-            *(f"    place[{k}] = {name}" for k, name in enumerate(self._place)),
+            "    place[0] = block",
+            *self._share(),
+            f"term = {f'U(split * U({self.steps * tile.depth}))' if self.splits > 1 else 'U(0)'}",
         )
         parts = tile.operands(self.by_line)
         more = self.number(("more",), "more", (self.steps - 1) * tile.depth)
@@ -213,14 +201,35 @@ class _TiledEmitter(CudaEmitter):
             "    sums[i] = float32(0)",
         )
 
-    @property
-    def _place(self) -> list[str]:
-        """What says which sums the block computes."""
-        return ["left_first", "right_first", "item", *(["split"] if self.splits > 1 else [])]
+    def _share(self) -> list[str]:
+        """Statements that say which sums `block` computes."""
+        lines = [
+            f"right_first = {self._first_line(self.right)}",
+            f"left_first = {self._first_line(self.left)}",
+            f"item = U(block // U({self.tiles}))",
+        ]
+        if self.splits > 1:
+            lines += [f"split = U(item % U({self.splits}))", f"item = U(item // U({self.splits}))"]
+        return lines
 
-    def _first_line(self, below: int, tiles: int, extent: int) -> str:
-        """The block's first line in one direction; `below`: blocks before the next tile there."""
-        return "U(0)" if tiles == 1 else f"U(block // U({below}) % U({tiles}) * U({extent}))"
+    def _turn(self, operand: Operand) -> str:
+        """The first line of an operand that is the block's own to store."""
+        across = -(-self.columns.extent // self.tiled.columns)
+        below = 1 if operand is self.right else across
+        tiles = -(-operand.lines.extent // operand.extent)
+        return "U(0)" if tiles == 1 else f"U(block // U({below}) % U({tiles}) * U({operand.extent}))"
+
+    def _first_line(self, operand: Operand) -> str:
+        """The block's first line of an operand: all that it reads are inside."""
+        turn, last = self._turn(operand), operand.lines.extent - operand.extent
+        return f"min({turn}, U({last}))" if last > 0 and last % operand.extent else turn
+
+    def _stored(self, operand: Operand, line: str) -> str:
+        """Whether a line of an operand is inside, and not of the tile before the last one too."""
+        last = operand.lines.extent - operand.extent
+        if last > 0 and last % operand.extent:
+            return f"{line} >= {self._turn(operand)}"
+        return f"{line} < U({operand.lines.extent})"
 
     def _multiply_all(self) -> None:
         """The loop over the terms: the next tile is copied while one is multiplied.
@@ -274,7 +283,7 @@ class _TiledEmitter(CudaEmitter):
             "cuda.syncthreads()",
             f"column = U(right_first + t % U({tile.columns}))",
             f"line = U(t // U({tile.columns}))",
-            f"lines = U({lines} if column < U({self.columns.extent}) else 0)",
+            f"lines = U({lines} if {self._stored(self.right, 'column')} else 0)",
             "while line < lines:",
         )
         own = "line"
@@ -285,7 +294,7 @@ class _TiledEmitter(CudaEmitter):
             f"row = {total(['+ left_first', f'+ {own}'], group * strip)}",
             f"element = tile[U(line * U({pitch}) + t % U({tile.columns}))]",
             f"line = U(line + U({step}))",
-            f"if row < U({self.rows.extent}):",
+            f"if {self._stored(self.left, 'row')}:",
         )
         if self.splits > 1:
             self._store_partial()

@@ -72,13 +72,14 @@ class Copies:
     """How the threads of a block share out the tiles of one factor.
 
     name     prefix of its variables: "left" or "right"
-    lines    flat index of the loops that this factor alone has; the tile's first is `{name}_first`
+    lines    flat index of the loops that this factor alone has; the tile's first is `{name}_first`,
+             the last tile's so that it ends with the last line (where it has as many)
     extent   lines of a tile
     base     its place in a stage of shared memory
     terms    of the sum, in whole tiles
     depth    terms of a tile
     padding  elements beside those of one term in shared memory
-    stores   how operands lie there
+    stores   how it lies there
     """
 
     name: str
@@ -122,7 +123,9 @@ class Copies:
     @cached_property
     def line_quads(self) -> bool:
         """Whether four neighbouring lines are copied at once."""
-        return not self.line_checks and self._quads_along(self.lines)
+        if self.line_checks or self.stores is Storage.ONLY_BY_LINE:
+            return False
+        return self._quads_along(self.lines)
 
     @cached_property
     def term_quads(self) -> bool:
@@ -133,7 +136,8 @@ class Copies:
     @property
     def by_line(self) -> bool:
         """Whether the tile is stored line by line."""
-        return self.term_quads or (self.stores is Storage.BY_LINE and not self.line_quads)
+        by_line = self.stores in (Storage.BY_LINE, Storage.ONLY_BY_LINE)
+        return self.term_quads or (by_line and not self.line_quads)
 
     @property
     def width(self) -> int:
@@ -179,13 +183,18 @@ class Copies:
         step = self._step(flat)
         return min(self._span(flat), 32) / abs(step) if step else 0.0
 
+    @property
+    def short(self) -> bool:
+        """Whether there are fewer lines than a tile has."""
+        return self.lines.extent < self.extent
+
     @cached_property
     def regular(self) -> bool:
         """Whether a thread's lines are the same distance apart, known when compiled."""
         loops = len(self.lines.runs(self.strides))
         return (
             not self.line_checks
-            and self.lines.extent % self.extent == 0
+            and not self.short
             and 0 <= 4 * self.extent * self._step(self.lines) < 2**31  # part of an instruction
             and (not loops or (loops == 1 and self._span(self.lines) == self.lines.extent))
         )

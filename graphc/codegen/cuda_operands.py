@@ -76,7 +76,7 @@ class Operand(Copies):
         if self.threads > entries:
             lines.append(f"if t < U({entries}):")
         inner = [
-            f"line = min({own}, U({last}))" if self.lines.extent % self.extent else f"line = {own}",
+            f"line = min({own}, U({last}))" if self.short else f"line = {own}",
             f"to = U(t % U({lanes}) * U({addresses}) + t // U({lanes}))",
         ]
         for k, value in enumerate(numbers):

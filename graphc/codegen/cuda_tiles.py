@@ -26,12 +26,12 @@ _EVEN = 4  # blocks of a multiprocessor, from which on all have about as many
 
 
 class Storage(Enum):
-    """Which operands lie in shared memory line by line, of those whose neighbouring lines are not
-    neighbours in memory; all others lie term by term."""
+    """When an operand lies in shared memory line by line; else it lies term by term."""
 
-    BY_TERM = "none"
-    QUADS_BY_LINE = "those of which four terms are copied at once"
-    BY_LINE = "all"
+    BY_TERM = "never"
+    QUADS_BY_LINE = "where four terms are copied at once"
+    BY_LINE = "where four lines cannot be copied at once"
+    ONLY_BY_LINE = "always"
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,10 @@ class Tile:
         return min((768 if self.part == 16 else 512) // self.threads, _SHARED // shared)
 
     @property
-    def stores(self) -> Storage:
-        """Four terms of eight rows and of eight columns would leave no registers for their sums."""
-        return Storage.BY_TERM if self.part == 64 else Storage.QUADS_BY_LINE
+    def stores(self) -> tuple[Storage, Storage]:
+        """Of left and right. Four terms of eight rows and of eight columns would leave no registers
+        for their sums."""
+        return (Storage.BY_TERM if self.part == 64 else Storage.QUADS_BY_LINE,) * 2
 
     @property
     def efficiency(self) -> float:
@@ -149,8 +150,11 @@ class TensorTile(Tile):
     padding: ClassVar[int] = 8
 
     @property
-    def stores(self) -> Storage:
-        return Storage.BY_LINE
+    def stores(self) -> tuple[Storage, Storage]:
+        """A bfloat16 instruction takes 16 terms: those of four rows, read at once as they lie term
+        by term, would leave no registers for the sums. `ldmatrix` reads two rows."""
+        bfloat16 = self.precision == "bfloat16"
+        return Storage.ONLY_BY_LINE if bfloat16 else Storage.BY_LINE, Storage.BY_LINE
 
     @property
     def efficiency(self) -> float:
