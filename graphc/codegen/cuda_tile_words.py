@@ -79,13 +79,17 @@ def copy_lines(width: int, slots: tuple[int, ...], starts: tuple[int, ...], cond
     # Only copies of 16 bytes may pass by the first cache.
     cached = "cg" if nbytes == 16 else "ca"
 
-    def begin(builder, to, slot, place, offset, inside):
-        operands = [to, place] if inside is None else [to, place, inside]
-        text = f"[$0+{4 * slot}], [$1+{4 * offset}], {nbytes}{', $2' if inside else ''};"
-        kind = ir.FunctionType(ir.VoidType(), [operand.type for operand in operands])
-        constraint = f"r,l{',r' if inside else ''},~{{memory}}"
+    def begin(builder, to, slot, place, offset, ignored):
+        text = f"[$0+{4 * slot}], [$1+{4 * offset}], {nbytes}"
         text = f"cp.async.{cached}.shared.global {text}"
-        builder.call(ir.InlineAsm(kind, text, constraint, side_effect=True), operands)
+        if ignored is None:
+            operands, constraint, text = [to, place], "r,l", f"{text};"
+        else:  # as a predicate: for a size of 0, ptxas would compute addresses anew
+            operands, constraint = [to, place, builder.zext(ignored, _I32)], "r,l,r"
+            text = f"{{ .reg .pred none; setp.ne.u32 none, $2, 0; {text}, none; }}"
+        kind = ir.FunctionType(ir.VoidType(), [operand.type for operand in operands])
+        assembly = ir.InlineAsm(kind, text, f"{constraint},~{{memory}}", side_effect=True)
+        builder.call(assembly, operands)
 
     def emit(context, builder, signature, values):
         tile, slot, pointer, start, line = values[:5]
@@ -104,12 +108,9 @@ def copy_lines(width: int, slots: tuple[int, ...], starts: tuple[int, ...], cond
         def for_each_copy(values):
             return [value for value in values for _ in range(len(slots) // len(values))]
 
-        insides = [None]
-        if conditional:
-            read, none = _number(nbytes), _number(0)
-            insides = [builder.select(flag, read, none) for flag in parts(values[5])]
+        ignored = [builder.not_(flag) for flag in parts(values[5])] if conditional else [None]
         places = for_each_copy([address(own) for own in parts(line)])
-        for items in zip(slots, places, starts, for_each_copy(insides), strict=True):
+        for items in zip(slots, places, starts, for_each_copy(ignored), strict=True):
             begin(builder, to, *items)
         return context.get_dummy_value()
 

@@ -282,10 +282,10 @@ _THREAD_ASSEMBLY = (
         "  %up = shl i32 %r0, 16\n  %d = or i32 %up, %r1\n  ret i32 %d\n",
     ),
     # Copies are done at once: a missing wait is not found, a missing barrier is.
-    # A third operand is how many bytes are read: all, or none and zeros are written.
+    # A third operand says whether zeros are written and nothing is read.
     (
         r"cp\.async\.c[ag]\.shared\.global \[\$0(?:\+(?P<to>\d+))?\], "
-        r"\[\$1(?:\+(?P<from>\d+))?\], (?P<bytes>16|8|4)(, \$2)?;",
+        r"\[\$1(?:\+(?P<from>\d+))?\], (?P<bytes>16|8|4)(, none)?;",
         None,
     ),
     (r"mov\.u32 \$0, %dynamic_smem_size", "  %n = load i32, ptr @emu.dynamic\n  ret i32 %n\n"),
@@ -378,8 +378,9 @@ def _copy(kinds: tuple[str, ...], offsets: tuple[int, int], count: int) -> str:
     word = f"i{8 * count}"
     if len(kinds) > 2:
         zeros = f"%zeros = alloca {word}"
-        lines = f"  {zeros}\n  store {word} 0, ptr %zeros\n{lines}  %all = icmp ne i32 %a2, 0\n"
-        lines += f"  %from = select i1 %all, ptr {places[1]}, ptr %zeros\n"
+        lines = f"  {zeros}\n  store {word} 0, ptr %zeros\n{lines}"
+        lines += "  %none = icmp ne i32 %a2, 0\n"
+        lines += f"  %from = select i1 %none, ptr %zeros, ptr {places[1]}\n"
         places[1] = "%from"
     return (
         f"{lines}  %x = load {word}, ptr {places[1]}, align 4\n"
