@@ -34,13 +34,18 @@ def regions(graph: Graph) -> list[Node]:
 
 
 class Emulated:
-    """One kernel with memory of its own on the emulated device."""
+    """One kernel with memory of its own on the emulated device; `in_place`: the number of the
+    operand in whose memory the first result lies."""
 
-    def __init__(self, node: Node, kernel: Kernel, rendering: Rendering):
+    def __init__(
+        self, node: Node, kernel: Kernel, rendering: Rendering, in_place: int | None = None
+    ):
         self.node = node
         self.device = EmulatedDevice()
         values = [*node.inputs, *node.outputs]
         self.addresses = [self.device.allocate(v.type.nbytes) for v in values]
+        if in_place is not None:
+            self.addresses[len(node.inputs)] = self.addresses[in_place]
         self.addresses.append(self.device.allocate(max(64, rendering.workspace)))
         self.workspace = rendering.workspace
         dtypes = [*(b.dtype for b in kernel.buffers), "float32"]
@@ -61,10 +66,10 @@ class Emulated:
     def run(self, arrays: list[np.ndarray], order: str = "forward") -> list[np.ndarray]:
         """Results for operands; what is not written is NaN."""
         self.device.emulator.order = order
-        for address, array in zip(self.addresses, arrays, strict=False):
-            self.device.write(address, array)
         results = [np.full(v.sizes, np.nan, v.dtype) for v in self.node.outputs]
         for address, array in zip(self.addresses[len(arrays) :], results, strict=False):
+            self.device.write(address, array)
+        for address, array in zip(self.addresses, arrays, strict=False):
             self.device.write(address, array)
         self.device.fill(self.addresses[-1], self.workspace, 0xFF)
         self.program.run()
@@ -234,6 +239,24 @@ def test_emulated_kernels_agree_with_numpy(case, order):
     for got, wanted in zip(kernel.run(arrays, order), expected.values(), strict=True):
         scale = np.abs(wanted).max()
         assert np.abs(got - wanted).max() <= 2e-6 * scale
+
+
+def test_overlapping_tiles_store_every_sum_once():
+    """33 x 65 sums in tiles of 16 x 64, added to what lies where the result will."""
+    g = matrix_product((33, 17), (17, 65))
+    g.output(y=g.outputs["y"] + g.input("c", (33, 65)))
+    (node,) = regions(g)
+    kernel = lower_node(node)
+    c = find_contraction(kernel.copy())
+    assert c is not None
+    added = [v.sizes for v in node.inputs].index((33, 65))
+    rendering = cuda_contraction.render_tiled(c, SMALL, 1)
+    run = Emulated(node, kernel, rendering, in_place=added)
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(-8, 9, v.sizes).astype("float32") for v in node.inputs]
+    a, b = (array for k, array in enumerate(arrays) if k != added)
+    for order in ORDERS:
+        np.testing.assert_array_equal(run.run(arrays, order)[0], a @ b + arrays[added])
 
 
 def test_a_missing_barrier_is_found():

@@ -212,23 +212,24 @@ class _TiledEmitter(CudaEmitter):
             lines += [f"split = U(item % U({self.splits}))", f"item = U(item // U({self.splits}))"]
         return lines
 
-    def _turn(self, operand: Operand) -> str:
-        """The first line of an operand that is the block's own to store."""
-        across = -(-self.columns.extent // self.tiled.columns)
-        below = 1 if operand is self.right else across
+    def _own_line(self, operand: Operand) -> str:
+        """The first line of an operand whose sums the block stores."""
         tiles = -(-operand.lines.extent // operand.extent)
-        return "U(0)" if tiles == 1 else f"U(block // U({below}) % U({tiles}) * U({operand.extent}))"
+        if tiles == 1:
+            return "U(0)"
+        below = 1 if operand is self.right else -(-self.columns.extent // self.tiled.columns)
+        return f"U(block // U({below}) % U({tiles}) * U({operand.extent}))"
 
     def _first_line(self, operand: Operand) -> str:
-        """The block's first line of an operand: all that it reads are inside."""
-        turn, last = self._turn(operand), operand.lines.extent - operand.extent
-        return f"min({turn}, U({last}))" if last > 0 and last % operand.extent else turn
+        """The first line of an operand whose sums the block computes."""
+        own = self._own_line(operand)
+        last = operand.lines.extent - operand.extent
+        return f"min({own}, U({last}))" if operand.overlaps else own
 
     def _stored(self, operand: Operand, line: str) -> str:
-        """Whether a line of an operand is inside, and not of the tile before the last one too."""
-        last = operand.lines.extent - operand.extent
-        if last > 0 and last % operand.extent:
-            return f"{line} >= {self._turn(operand)}"
+        """Whether the block stores the sums of a line, which no other block does."""
+        if operand.overlaps:
+            return f"{line} >= {self._own_line(operand)}"
         return f"{line} < U({operand.lines.extent})"
 
     def _multiply_all(self) -> None:

@@ -72,8 +72,7 @@ class Copies:
     """How the threads of a block share out the tiles of one factor.
 
     name     prefix of its variables: "left" or "right"
-    lines    flat index of the loops that this factor alone has; the tile's first is `{name}_first`,
-             the last tile's so that it ends with the last line (where it has as many)
+    lines    flat index of the loops that this factor alone has; the tile's first is `{name}_first`
     extent   lines of a tile
     base     its place in a stage of shared memory
     terms    of the sum, in whole tiles
@@ -187,6 +186,11 @@ class Copies:
     def short(self) -> bool:
         """Whether there are fewer lines than a tile has."""
         return self.lines.extent < self.extent
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the last tile begins in the one before it, to end with the last line."""
+        return not self.short and self.lines.extent % self.extent != 0
 
     @cached_property
     def regular(self) -> bool:
