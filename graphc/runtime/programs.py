@@ -83,7 +83,9 @@ class ProgramFile:
     def store(self, program: Program) -> None:
         """Keep a program for `load`, in this process or another."""
         if self.key:
-            default_cache().put_program(self.key, self._written(program))
+            with collector_paused():
+                data = self._written(program)
+            default_cache().put_program(self.key, data)
 
     def _key(self, here: Origin, options: Mapping[str, Any]) -> str | None:
         declared, known = self._declared, all_ops()
@@ -151,14 +153,17 @@ class _Pickler(pickle.Pickler):
 
     def __init__(self, file: io.BytesIO, arrays: list[np.ndarray], starts: list[Any]):
         super().__init__(file, _PROTOCOL)
-        self.origins: dict[Origin, tuple[str, int]] = {}
-        self._known: dict[int, tuple[str, int]] = {id(start): ("start", 0) for start in starts}
+        self.origins: dict[Origin, int] = {}
+        self._known = {id(start): ("start", 0) for start in starts}
         self._known |= {id(array): ("array", i) for i, array in enumerate(arrays)}
 
-    def persistent_id(self, item: Any) -> tuple[str, int] | None:
+    # Asked of what is no plain number, text or collection, and once of each: `persistent_id` would
+    # be asked of everything.
+    def reducer_override(self, item: Any) -> Any:
         if type(item) is Origin:
-            return self.origins.setdefault(item, ("origin", len(self.origins)))
-        return self._known.get(id(item))
+            return _kept_apart, ("origin", self.origins.setdefault(item, len(self.origins)))
+        known = self._known.get(id(item))
+        return NotImplemented if known is None else (_kept_apart, known)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -166,9 +171,17 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(file)
         self._found: dict[str, list[Any]] = {"origin": origins, "array": arrays, "start": [None]}
 
-    def persistent_load(self, token: tuple[str, int]) -> Any:
-        kind, number = token
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name)
+        return self._kept_apart if found is _kept_apart else found
+
+    def _kept_apart(self, kind: str, number: int) -> Any:
         return self._found[kind][number]
+
+
+def _kept_apart(kind: str, number: int) -> Any:
+    """What stands for an item in a program's file; an unpickler has the item."""
+    raise TypeError(f"the file of a program has no {kind} {number}")
 
 
 def _plain(value: Any) -> bool:
