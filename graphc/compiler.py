@@ -13,10 +13,12 @@ from typing import Any
 
 from graphc import errors
 from graphc.collector import collector_paused
+from graphc.init import InitialValues
 from graphc.ir import Graph, Node, Value, called_from, caller
 from graphc.optim import Optimizer
 from graphc.runtime.executable import Executable, InterpretedExecutable
 from graphc.runtime.programs import Program, ProgramFile
+from graphc.runtime.team import available_cores
 from passes.assign_layouts import AssignLayouts
 from passes.autodiff import differentiate
 from passes.base import Observer, PassRecord, Pipeline, report
@@ -96,6 +98,8 @@ def compile(
         )
     here, declared, limit = caller(), graph.copy(), _bytes(memory_limit)
     training = bool(gradients or optimizer)
+    first = InitialValues(seed)
+    first.draw(declared.parameters.values(), threads or available_cores())
     backend: _Backend | None = None
     if target == "cpu":
         backend = _cpu_backend(threads, precision, check, training, tune)
@@ -130,7 +134,7 @@ def compile(
 
     if backend is None:
         joint, records = shaped()
-        executable: Executable = InterpretedExecutable(joint, seed)
+        executable: Executable = InterpretedExecutable(joint, first)
     else:
         kept: ProgramFile | None = None
         if backend.machine is not None and pipeline is None:
@@ -154,7 +158,7 @@ def compile(
             program = Program(planned, backend.plan(planned), records)
             if kept:
                 kept.store(program)
-        executable, records = backend.build(program.graph, program.launches, seed), program.records
+        executable, records = backend.build(program.graph, program.launches, first), program.records
     executable.records, executable.replay = records, shaped
     if log.isEnabledFor(logging.INFO):
         for info in executable.kernels():
@@ -207,7 +211,7 @@ class _Backend:
     place       passes that order kernels and place values
     seconds     what a region costs, for choosing what is computed again under a memory limit
     plan        the launches of a planned graph
-    build       the executable of a planned graph and its launches, from a seed
+    build       the executable of a planned graph and its launches, from the values it starts with
     machine     what else the plan and the launches depend on; None where they are not kept on disk
     """
 
@@ -217,7 +221,7 @@ class _Backend:
     place: Pipeline
     seconds: Callable[[Node], float]
     plan: Callable[[Graph], list[Any]]
-    build: Callable[[Graph, list[Any], int], Executable]
+    build: Callable[[Graph, list[Any], InitialValues], Executable]
     machine: dict[str, int] | None = None
 
 
@@ -228,7 +232,6 @@ def _cpu_backend(
     from graphc.inspect.work import predicted_seconds
     from graphc.runtime.cpu import CpuExecutable
     from graphc.runtime.linker import start_compiling
-    from graphc.runtime.team import available_cores
 
     start_compiling()
     cores, lanes = threads or available_cores(), cpu_target.host_lanes()
@@ -246,8 +249,8 @@ def _cpu_backend(
         with collector_paused():
             return cpu_target.plan_launches(planned, lanes, cores)
 
-    def build(planned: Graph, launches: list[Any], seed: int) -> Executable:
-        executable = CpuExecutable(planned, launches, cores, seed, _progress(), check=check)
+    def build(planned: Graph, launches: list[Any], first: InitialValues) -> Executable:
+        executable = CpuExecutable(planned, launches, cores, first, _progress(), check=check)
         executable.tuning = tuner.tuning if tuner else None
         return executable
 
@@ -270,8 +273,8 @@ def _cuda_backend(target: str, precision: str, check: bool, training: bool) -> _
 
     device = open_device(target)
 
-    def build(planned: Graph, steps: list[Any], seed: int) -> Executable:
-        return CudaExecutable(target, planned, steps, device, seed, _progress(), check=check)
+    def build(planned: Graph, steps: list[Any], first: InitialValues) -> Executable:
+        return CudaExecutable(target, planned, steps, device, first, _progress(), check=check)
 
     return _Backend(
         algorithms(target, precision, training),

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -17,6 +18,9 @@ import numpy as np
 
 from graphc import errors
 from graphc.ir import Node
+
+# Elements of a parameter that is worth a thread.
+_LARGE = 1 << 14
 
 
 @runtime_checkable
@@ -214,3 +218,27 @@ def materialise(node: Node, seed: int) -> np.ndarray:
             f"{node.describe()}: init has shape {list(array.shape)}, the node is {kind}"
         )
     return array
+
+
+class InitialValues:
+    """The first contents of parameters and states, from one seed.
+
+    Drawing millions of numbers takes as long as the passes, but no Python: graphc's own
+    initialisers do it beside them. Each parameter has random numbers of its own."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self._drawn: dict[str, Future[np.ndarray]] = {}
+
+    def draw(self, nodes: Iterable[Node], threads: int) -> None:
+        """Begin to draw the large ones, in `threads` of their own."""
+        pool = ThreadPoolExecutor(threads)  # its threads end with it
+        for node in nodes:
+            own = type(node.attrs.get("init")).__module__ == __name__
+            if own and node.types[0].size >= _LARGE:
+                self._drawn[node.name] = pool.submit(materialise, node, self.seed)
+
+    def take(self, node: Node) -> np.ndarray:
+        """What `materialise` gives, drawn already or not."""
+        drawn = self._drawn.pop(node.name, None)
+        return drawn.result() if drawn else materialise(node, self.seed)

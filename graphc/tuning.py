@@ -24,6 +24,7 @@ import networkx as nx
 from graphc.codegen.program import Launch, lower_graph, plan_launches, rank_launches
 from graphc.codegen.schedule import multiply_adds
 from graphc.codegen.simd_host import host_lanes
+from graphc.init import InitialValues
 from graphc.ir import Graph, Node, Value, block_bytes, root
 from graphc.ops.reduce import sum as sum_of
 from graphc.ops.registry import apply
@@ -161,7 +162,7 @@ class Tuner:
         lower_graph(fused)
         planned, _ = compiler.memory_pipeline(self._threads).run(fused)
         launches = plan_launches(planned, host_lanes(), self._threads)
-        return CpuExecutable(planned, launches, self._threads, 0, self._compiling)
+        return CpuExecutable(planned, launches, self._threads, InitialValues(0), self._compiling)
 
     # ---- register tiles
 

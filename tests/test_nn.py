@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -103,6 +104,30 @@ def test_values_depend_on_seed_and_name_alone():
     assert (init.materialise(again, 0) == w).all()
     assert (init.materialise(again, 1) != w).all()
     assert (init.materialise(parameter((3, 4), init.Normal(), "v"), 0) != w).all()
+
+
+def test_values_drawn_ahead_are_the_same():
+    here = []
+
+    class Own:
+        """A user's initialiser, which no other thread calls."""
+
+        def sample(self, rng, shape):
+            here.append(threading.get_ident())
+            return rng.normal(size=shape)
+
+    starts = {"large": init.Normal(), "small": init.Ones(), "own": Own(), "array": np.ones((2, 3))}
+    shapes = {"large": (300, 100), "small": (2,), "own": (300, 100), "array": (2, 3)}
+    nodes = [parameter(shapes[name], start, name) for name, start in starts.items()]
+    first = init.InitialValues(3)
+    first.draw(nodes, 2)
+    for node in nodes:
+        assert (first.take(node) == init.materialise(node, 3)).all()
+    assert set(here) == {threading.get_ident()}
+    wrong = parameter((300, 100), init.KaimingUniform(mode="fan"))
+    first.draw([wrong], 2)
+    with pytest.raises(errors.DeclarationError, match="fan_in"):
+        first.take(wrong)
 
 
 def test_values_are_the_same_in_every_process():

@@ -9,6 +9,7 @@ import numpy as np
 
 from graphc import errors
 from graphc.codegen.program import Launch
+from graphc.init import InitialValues
 from graphc.interpreter import interpret
 from graphc.ir import ALIGNMENT, SOURCES, Graph, Node, Value, block_bytes, root
 from graphc.runtime.arena import Arena, source_offsets
@@ -33,11 +34,11 @@ class CpuExecutable(Executable):
         graph: Graph,
         launches: list[Launch],
         threads: int,
-        seed: int,
+        first: InitialValues,
         progress: Progress | None = None,
         check: bool = False,
     ):
-        super().__init__(graph, seed)
+        super().__init__(graph)
         self.check = check
         self.threads = threads
         self.launches = launches
@@ -46,7 +47,7 @@ class CpuExecutable(Executable):
         self._arena = Arena(max(ALIGNMENT, self.plan.arena_bytes))
         self._build_tables(progress)
         self._prepare_inputs()
-        self._initialise(threads)
+        self._initialise(first, threads)
 
     # ---- memory
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from graphc import errors
 from graphc.codegen.cuda_program import CudaStep
+from graphc.init import InitialValues
 from graphc.interpreter import interpret
 from graphc.ir import ALIGNMENT, SOURCES, Graph, Node, Value, block_bytes, root
 from graphc.runtime.arena import source_offsets
@@ -32,18 +33,18 @@ class CudaExecutable(Executable):
         graph: Graph,
         steps: list[CudaStep],
         device: Device,
-        seed: int,
+        first: InitialValues,
         progress: Progress | None = None,
         check: bool = False,
     ):
-        super().__init__(graph, seed)
+        super().__init__(graph)
         self.target, self.device, self.check = target, device, check
         self.steps = steps
         self.plan = graph.annotations["memory"]
         self._place_sources()
         self._arena = device.allocate(max(ALIGNMENT, self.plan.arena_bytes))
         self._build(progress)
-        self._initialise()
+        self._initialise(first)
 
     # ---- memory
 

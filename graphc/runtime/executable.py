@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from graphc import errors, init
-from graphc.init import materialise
+from graphc import errors
+from graphc.init import InitialValues
 from graphc.interpreter import interpret
 from graphc.ir import Graph, Node
 from graphc.runtime.inputs import checked_array, missing_input, unknown_input
@@ -34,9 +34,8 @@ class Executable(ABC):
     graph: Graph
     target: str
 
-    def __init__(self, graph: Graph, seed: int):
+    def __init__(self, graph: Graph):
         self.graph = graph
-        self.seed = seed
         self.inputs: dict[str, Node] = graph.inputs
         self.output_names = tuple(graph.outputs)
         self._declared = {
@@ -205,21 +204,13 @@ class Executable(ABC):
         self.last_profile = profile(native, {**(inputs or {}), **named}, runs)
         return self.last_profile
 
-    def _initialise(self, threads: int = 1) -> None:
-        """Fill parameters and states. Drawing millions of numbers is most of a warm start: graphc's
-        own initialisers do it in threads, each parameter has random numbers of its own."""
-
-        def fill(name: str) -> None:
-            self._write(name, materialise(self.state_nodes[name], self.seed))
-
-        inits = {name: node.attrs.get("init") for name, node in self.state_nodes.items()}
-        drawn = [name for name, start in inits.items() if type(start).__module__ == init.__name__]
-        own = set(drawn)
-        for name in inits:
-            if name not in own:
-                fill(name)
+    def _initialise(self, first: InitialValues, threads: int = 1) -> None:
+        """Fill parameters and states."""
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(fill, drawn))  # raises what a thread has raised
+            nodes = self.state_nodes.items()
+            writes = [pool.submit(self._write, name, first.take(node)) for name, node in nodes]
+        for write in writes:
+            write.result()  # raises what the thread has raised
 
 
 def _ignored(name: str) -> bool:
@@ -242,10 +233,10 @@ class InterpretedExecutable(Executable):
 
     target = "interpret"
 
-    def __init__(self, graph: Graph, seed: int):
-        super().__init__(graph, seed)
+    def __init__(self, graph: Graph, first: InitialValues):
+        super().__init__(graph)
         self._state: dict[str, np.ndarray] = {}
-        self._initialise()
+        self._initialise(first)
 
     def run(
         self, inputs: Mapping[str, Any], out: Mapping[str, np.ndarray] | None = None
