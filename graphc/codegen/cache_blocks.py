@@ -26,11 +26,9 @@ def block_count(
     outer: Sequence[str],
     counts: Mapping[str, int],
 ) -> int:
-    """Into how many equal blocks the innermost of the `outer` loops is cut; 1 for not at all.
+    """Into how many equal blocks the innermost of two or more loops `outer` is cut; 1 for none.
 
     `operands` are those of the main sum, `counts` of each loop are a register tile."""
-    if len(outer) < 2:
-        return 1
     *around, middle, last = outer
     images = [a for a in operands if a.stride(last) and not a.stride(middle)]
     weights = [a for a in operands if a.stride(middle) and not a.stride(last)]

@@ -57,8 +57,9 @@ def rank_schedules(
     if main and not whole and min(tiles.values()) > _GOOD and parts.can_be_cut(kernel, main):
         kept, tiles = _choose_parts(kernel, main, lane, lanes, fixed, limits, outer, tiles)
         outside = parts.cut(kernel, kept) if kept else ()
+        main = _main_reduction(kernel)
     uncut = len(outer)
-    outer, tiles = _cut_last(kernel, outer, tiles, fixed)
+    outer, tiles = _cut_last(kernel, outer, tiles, fixed, outside)
     schedules = []
     for tile in list(tiles)[:most]:
         counts = dict(tile)
@@ -90,12 +91,19 @@ def rank_schedules(
 
 
 def _cut_last(
-    kernel: Kernel, outer: tuple[str, ...], tiles: dict[Tile, float], fixed: set[str]
+    kernel: Kernel,
+    outer: tuple[str, ...],
+    tiles: dict[Tile, float],
+    fixed: set[str],
+    outside: tuple[str, ...],
 ) -> tuple[tuple[str, ...], dict[Tile, float]]:
-    """The loops and tiles once the innermost loop is cut into blocks for the second cache."""
+    """The loops and tiles once the innermost loop is cut into blocks for the second cache.
+
+    What one part of a sum reads, of the loops `outside`, may stay there as it is."""
     blocks = 1
-    if outer and outer[-1] not in fixed:
-        blocks = cache_blocks.block_count(kernel, _operands(kernel), outer, dict(next(iter(tiles))))
+    if len(outer) > 1 and outer[-1] not in fixed:
+        nest, counts = (*outside, *outer), dict(next(iter(tiles)))
+        blocks = cache_blocks.block_count(kernel, _operands(kernel), nest, counts)
     if blocks == 1:
         return outer, tiles
     *around, middle, last = outer
@@ -448,11 +456,12 @@ def _choose_parts(
     factors = [_operand(factor) for factor in _factors(main)]
     shared = next(iter(limits), None)
     costs = [TileCost(kernel, main, factors, order, lane, lanes, kept, shared) for kept in ways]
-    # The best few tiles of the smallest parts, the best parts for one of them, their best tile.
-    few = list(_rank_tiles(kernel, lane, lanes, fixed, limits, order, ways[-1]))[:_FEW]
+    # The best few tiles of middling parts, the best parts for one of them, their best tile.
+    middling = ways[len(ways) // 2]
+    few = list(_rank_tiles(kernel, lane, lanes, fixed, limits, order, middling))[:_FEW]
     kept = ways[min(range(len(ways)), key=lambda way: min(map(costs[way], few)))]
     cut = _rank_tiles(kernel, lane, lanes, fixed, limits, order, kept)
-    return (kept, cut) if min(cut.values()) < 0.95 * min(tiles.values()) else ({}, tiles)
+    return (kept, cut) if min(cut.values()) < 0.97 * min(tiles.values()) else ({}, tiles)
 
 
 def _lane_accesses(kernel: Kernel, lane: str) -> list[Access]:

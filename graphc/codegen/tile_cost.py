@@ -19,6 +19,15 @@ Tile = tuple[tuple[str, int], ...]
 # What a line of an operand beyond the second cache costs for every separate piece of memory that a
 # tile reads: the hardware fetches a few streams ahead of time, the more there are the later.
 _STREAM_CYCLES = 0.14
+# From the second cache hardware fetches ahead in a few pages at a time: what a line costs, though
+# it is near, where the part of a tile reads from more of them.
+_LATE_CYCLES = 0.9
+_PAGES = 8
+_PAGE_BYTES = 4096
+# Of each line that a part's operands take in the first cache, where others pass through.
+_EVICTED_CYCLES = 0.05
+# Results that leave the second cache between parts cost so many times as much.
+_FAR_RESULTS = 2.5
 
 
 class TileCost:
@@ -52,24 +61,34 @@ class TileCost:
         self.factors = [[_Access(a, reach, lane, lanes) for a in accesses] for accesses in factors]
         self.reads = [read for reads in self.factors for read in reads]
         self.results = [_Access(s.access, {lane: lanes}, lane, lanes) for s in kernel.stores]
+        around = {n: self.extents[n] for n in self.inner_first[:2]}
+        self.far_results = sum(r.bytes(around) for r in self.results) > core.L2_BYTES
         nest = [n for n in reversed(self.inner_first) if n != shared]
-        self.streamed = [r for r in self.reads if self._is_streamed(r, nest)]
+        walked = [(r, self._again(r, nest)) for r in self.reads if {*nest[-1:]} & {*r.strides}]
+        self.streamed = [r for r, inside in walked if r.bytes(inside) > core.L2_BYTES]
+        self.near = [(r, inside) for r, inside in walked if kept and r not in self.streamed]
 
     def __call__(self, tile: Tile) -> float:
         accumulators = math.prod(c for _, c in tile)
         issue = self.steps * self._step(tile, accumulators)
         memory = self._memory(dict(tile))
+        counts = dict(tile)
         # Each multiply-add chain starts and ends once a tile, and its result goes to some lines.
-        # Parts are added to what earlier parts left there.
-        stored = sum(result.bytes(dict(tile)) for result in self.results)
-        outside = 15.0 + 0.5 * accumulators + 1.5 * stored / core.LINE_BYTES
+        lines = sum(result.bytes(counts) for result in self.results) / core.LINE_BYTES
+        outside = 15.0 + 0.5 * accumulators + 1.5 * lines
+        if self.parts:
+            # Added to what earlier parts left, while the next part starts, but for more chains than
+            # keep the core busy.
+            outside = lines * (_FAR_RESULTS if self.far_results else 1.0)
+            outside += 6.0 * max(0, accumulators - self.registers // 2)
+            outside += _EVICTED_CYCLES * self._bytes(counts) / core.LINE_BYTES
         if self.lane_is_reduced:
             outside += 4.0 * accumulators
-        if self.parts:
-            outside += 0.4 * accumulators - 20.0 + 0.5 * stored / core.L2_BYTES_PER_CYCLE
-        late = sum(r.pieces(dict(tile)) * r.bytes(dict(tile)) for r in self.streamed)
-        late /= core.LINE_BYTES
-        cycles = max(issue, memory) + 0.15 * min(issue, memory) + outside + _STREAM_CYCLES * late
+        late = sum(_STREAM_CYCLES * r.pieces(counts) * r.bytes(counts) for r in self.streamed)
+        for r, inside in self.near:
+            if r.pages(counts) > _PAGES and r.bytes({**counts, **inside}) > core.L1_BYTES:
+                late += _LATE_CYCLES * r.bytes(counts)
+        cycles = max(issue, memory) + 0.15 * min(issue, memory) + outside + late / core.LINE_BYTES
         waste = math.prod(-(-self.extents[n] // c) * c / self.extents[n] for n, c in tile)
         return cycles / (accumulators * self.steps) * waste
 
@@ -84,7 +103,8 @@ class TileCost:
                 loads += used * read.width
                 # Addresses that x86 cannot form from a base and one stride are pointers.
                 far = math.prod(c for n, c in tile if n in read.far)
-                pointers += max(0, far - 5) + 0.01 * far
+                pointers += max(0, far - 5)
+                pointers += 0.2 * max(0, far - 2) if self.parts else 0.01 * far
         # Operands that are used once may be memory operands; the smaller side stays in registers.
         need = accumulators + min(values) + (1 if max(values) > 1 else 0)
         spilled = max(0, need - self.registers)
@@ -120,14 +140,10 @@ class TileCost:
             counts, bytes_ = {**counts, n: extent}, whole
         return bytes_ / tiles / core.L2_BYTES_PER_CYCLE
 
-    def _is_streamed(self, read: _Access, nest: Sequence[str]) -> bool:
-        """Whether each step of the inner loop reads new elements, from beyond the second cache.
-
-        The loops inside the first one that reads the same elements again say how many lie between.
-        """
+    def _again(self, read: _Access, nest: Sequence[str]) -> dict[str, int]:
+        """The loops inside the first one that reads the same elements of an operand again."""
         repeats = (i + 1 for i, n in enumerate(nest) if n not in read.strides)
-        inside = {n: self.extents[n] for n in nest[next(repeats, 0) :]}
-        return not {*nest[-1:]}.isdisjoint(read.strides) and read.bytes(inside) > core.L2_BYTES
+        return {n: self.extents[n] for n in nest[next(repeats, 0) :]}
 
     def _bytes(self, counts: Mapping[str, int]) -> float:
         return sum(read.bytes(counts) for read in self.reads)
@@ -149,7 +165,7 @@ class _Access:
         for n, stride in self.strides.items():
             if n in reach:
                 self.reach[stride] = self.reach.get(stride, 1) + reach[n] - 1
-        self.known: dict[tuple[int, ...], tuple[float, int]] = {}
+        self.known: dict[tuple[int, ...], tuple[float, int, float]] = {}
 
     def bytes(self, counts: Mapping[str, int]) -> float:
         """Bytes in the cache lines that one tile touches."""
@@ -159,13 +175,17 @@ class _Access:
         """How many separate pieces of memory one tile touches."""
         return self._found(counts)[1]
 
-    def _found(self, counts: Mapping[str, int]) -> tuple[float, int]:
+    def pages(self, counts: Mapping[str, int]) -> float:
+        """How many pages of memory those pieces lie in."""
+        return self._found(counts)[2]
+
+    def _found(self, counts: Mapping[str, int]) -> tuple[float, int, float]:
         key = tuple(counts.get(n, 1) for n in self.outer)
         if key not in self.known:
             self.known[key] = self._touched(key)
         return self.known[key]
 
-    def _touched(self, counts: tuple[int, ...]) -> tuple[float, int]:
+    def _touched(self, counts: tuple[int, ...]) -> tuple[float, int, float]:
         reach = dict(self.reach)
         for n, count in zip(self.outer, counts, strict=True):
             stride = self.strides[n]
@@ -178,12 +198,13 @@ class _Access:
                 runs[-1:] = [(step, length + (extent - 1) * (stride // step))]
             else:
                 runs.append((stride, extent))
-        size, pieces = 4.0, 1
+        size, pieces, pages = 4.0, 1, 1.0
         for step, length in runs:
             if 4.0 * step > max(size, core.LINE_BYTES):
                 pieces *= length
+                pages *= max(1.0, min(1.0, 4.0 * step / _PAGE_BYTES) * length)
             size = length * max(size, min(4.0 * step, core.LINE_BYTES))
-        return max(size, core.LINE_BYTES), pieces
+        return max(size, core.LINE_BYTES), pieces, pages
 
 
 def all_bytes(kernel: Kernel, access: Access) -> float:
