@@ -132,8 +132,17 @@ def group_limits(graph: Graph, nodes: list[Node]) -> _Limits:
 def _run_limits(graph: Graph, nodes: list[Node]) -> _Limits:
     """The same of runs within groups that go through a block strip by strip."""
     position = {node.name: i for i, node in enumerate(nodes)}
+    return _limits([[position[name] for name in run] for run in strip_runs(graph)])
+
+
+def strip_runs(graph: Graph) -> Iterator[tuple[str, ...]]:
+    """The nodes of each run within a group that goes through a block strip by strip, in order."""
     runs = graph.annotations.get("strips", {})
-    return _limits([[position[n], position[n] + length - 1] for n, (_, length) in runs.items()])
+    for _, names in graph.annotations.get("groups", ()):
+        for begin, name in enumerate(names):
+            if name in runs:
+                _, length = runs[name]
+                yield names[begin : begin + length]
 
 
 def _limits(members: list[list[int]]) -> _Limits:

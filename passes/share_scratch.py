@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from graphc.ir import Graph, Node, Value, is_view, label_body
 from passes.base import Pass, note
-from passes.liveness import storage_bytes
+from passes.liveness import storage_bytes, strip_runs
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,7 @@ class ShareScratch(Pass):
             for number, (_, names) in enumerate(new.annotations.get("groups", ()))
             for name in names
         }
-        run_of: dict[str, str] = {}
-        for first, (_, length) in new.annotations.get("strips", {}).items():
-            names = new.annotations["groups"][group_of[first]][1]
-            begin = names.index(first)
-            run_of |= dict.fromkeys(names[begin : begin + length], first)
+        run_of = {name: run[0] for run in strip_runs(new) for name in run}
         kept = set(new.results)
         before = after = 0
         for number, (shares, names) in enumerate(new.annotations.get("groups", ())):

@@ -25,6 +25,7 @@ from graphc.runtime.driver import (
 from graphc.runtime.team import Program, Team, get_team
 
 Range = tuple[int, int]
+Unit = tuple[int, int]  # a half-open range of rows
 
 # Blocks of a launch for each thread, where threads claim them, and the iterations of all its loops
 # that are worth it, for each thread: about 20 us.
@@ -44,33 +45,34 @@ class LaunchTable:
         memory: Callable[[Value], Range],
         team: Team,
     ):
-        self.launches = [launch for launch, _ in rows]
+        self.launches, self.team = [launch for launch, _ in rows], team
+        units = _units(self.launches)
+        flags = row_flags(self.launches, units, memory)
+        claimed, self._claims = _claims(self.launches, units, team.threads)
+        places = self._write_arguments(address)
+        table = []
+        for number, (launch, function) in enumerate(rows):
+            strips = launch.strips[0] << STRIPS_SHIFT | launch.strips[1]
+            blocks, claims = claimed.get(number, (launch.blocks, 0))
+            if blocks and not launch.blocks:
+                flags[number] |= 1 << GROUP_SHIFT
+            at, step = places[number]
+            table.append((function, at, flags[number], blocks, step, strips, claims))
+        self.rows = launch_table(table)
+        self.run = _runner(self, team)
+
+    def _write_arguments(self, address: Callable[[Value, int], int]) -> list[tuple[int, int]]:
+        """Makes `arguments` and `patches`. Returns the address of each row's arguments, and the
+        bytes from one thread's to the next one's, 0 where all threads have the same."""
         copies = [_copies(launch) for launch in self.launches]
         sizes = [launch.call.buffers + len(launch.call.numbers) for launch in self.launches]
         total = sum(c * s for c, s in zip(copies, sizes, strict=True))
         self.arguments = aligned_zeros(8 * max(1, total)).view(np.int64)
-        base, position, table = self.arguments.ctypes.data, 0, []
+        base, position, places = self.arguments.ctypes.data, 0, []
         patches: dict[str, list[int]] = {}
-        flags = row_flags(self.launches, memory)
-        units = _units(self.launches)
-        claimed = {
-            begin: _claimed_blocks(self.launches[begin:end], team.threads) for begin, end in units
-        }
-        self._claims = aligned_zeros(CLAIM_BYTES * team.threads * max(1, len(units)))
-        claims = self._claims.ctypes.data
-        for number, (launch, function) in enumerate(rows):
-            step = 8 * sizes[number] if copies[number] > 1 else 0
-            strips = launch.strips[0] << STRIPS_SHIFT | launch.strips[1]
-            blocks, words = launch.blocks, 0
-            if claimed.get(number):
-                if not blocks:
-                    flags[number] |= 1 << GROUP_SHIFT
-                blocks, words = claimed[number], claims
-                claims += CLAIM_BYTES * team.threads
-            table.append(
-                (function, base + 8 * position, flags[number], blocks, step, strips, words)
-            )
-            for thread in range(copies[number]):
+        for launch, count, size in zip(self.launches, copies, sizes, strict=True):
+            places.append((base + 8 * position, 8 * size if count > 1 else 0))
+            for thread in range(count):
                 for value in (*launch.node.inputs, *launch.node.outputs):
                     self.arguments[position] = address(value, thread)
                     source = root(value)
@@ -81,9 +83,7 @@ class LaunchTable:
                 self.arguments[position:end] = launch.call.numbers
                 position = end
         self.patches = {name: np.array(slots) for name, slots in patches.items()}
-        self.rows = launch_table(table)
-        self.team = team
-        self.run = _runner(self, team)
+        return places
 
     def together(self) -> Program:
         """The program of the whole team, also where `run` would leave a short one to one thread."""
@@ -156,6 +156,19 @@ class Adaptive:
             self.together.set_limit(self.expected)
 
 
+def _claims(
+    launches: Sequence[Launch], units: Sequence[Unit], threads: int
+) -> tuple[dict[int, tuple[int, int]], np.ndarray]:
+    """By the first row of a unit that threads claim block by block: into how many blocks it is cut,
+    and the address of its claims. The memory they are in comes second."""
+    memory = aligned_zeros(CLAIM_BYTES * threads * max(1, len(units)))
+    claimed = {}
+    for number, (begin, end) in enumerate(units):
+        if blocks := _claimed_blocks(launches[begin:end], threads):
+            claimed[begin] = blocks, memory.ctypes.data + CLAIM_BYTES * threads * number
+    return claimed, memory
+
+
 def _claimed_blocks(launches: Sequence[Launch], threads: int) -> int:
     """Into how many blocks a group, or a launch by itself, is cut that threads claim one by one; 0
     for equal shares.
@@ -183,12 +196,13 @@ def _copies(launch: Launch) -> int:
     return max(1, *(v.layout.copies for v in values))
 
 
-def row_flags(launches: Sequence[Launch], memory: Callable[[Value], Range]) -> list[int]:
+def row_flags(
+    launches: Sequence[Launch], units: Sequence[Unit], memory: Callable[[Value], Range]
+) -> list[int]:
     """Flags by row: who runs it, the length of a group at its first row, and a barrier after a row
     only where a later row touches memory that this or an earlier one since the last barrier has
     touched, at least one of the two writing it."""
     flags = [ALONE if launch.schedule.parallel == 0 else 0 for launch in launches]
-    units = _units(launches)
     reads: list[Range] = []
     writes: list[Range] = []
     for number, unit in enumerate(units):
@@ -205,9 +219,9 @@ def row_flags(launches: Sequence[Launch], memory: Callable[[Value], Range]) -> l
     return flags
 
 
-def _units(launches: Sequence[Launch]) -> list[tuple[int, int]]:
-    """Half-open ranges of rows: groups, and rows by themselves."""
-    units: list[tuple[int, int]] = []
+def _units(launches: Sequence[Launch]) -> list[Unit]:
+    """Groups, and rows by themselves."""
+    units: list[Unit] = []
     for row, launch in enumerate(launches):
         if launch.blocks and not launch.begins and units:
             units[-1] = (units[-1][0], row + 1)
