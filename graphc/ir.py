@@ -527,7 +527,8 @@ class Graph:
             for value in node.outputs:
                 number[value] = len(number)
             keep = node.name if node.op in ("input", "parameter", "state") else ""
-            attrs = tuple(sorted((k, freeze(v)) for k, v in node.attrs.items()))
+            # The attribute `type` of a source is among its types.
+            attrs = tuple(sorted([(k, freeze(v)) for k, v in node.attrs.items() if k != "type"]))
             operands = tuple(number[v] for v in node.inputs)
             rows.append((node.op, keep, operands, attrs, node.types, node.layouts))
         outputs = tuple((k, number[v]) for k, v in self.outputs.items())
