@@ -96,7 +96,6 @@ class TileCost:
         """Cycles of one multiply-add for each accumulator."""
         values = []
         loads = pointers = 0.0
-        windows = 0
         for reads in self.factors:
             used = math.prod(c for n, c in tile if any(n in read.strides for read in reads))
             values.append(used)
@@ -106,7 +105,6 @@ class TileCost:
                 far = math.prod(c for n, c in tile if n in read.far)
                 pointers += max(0, far - 5)
                 pointers += 0.2 * max(0, far - 2) if self.parts else 0.01 * far
-                windows = max(windows, *(c for n, c in tile if n in read.slides), 0)
         # Operands that are used once may be memory operands; the smaller side stays in registers.
         need = accumulators + min(values) + (1 if max(values) > 1 else 0)
         spilled = max(0, need - self.registers)
@@ -116,8 +114,6 @@ class TileCost:
         # Where no register is left over, loads wait for one.
         full = 0.5 if need + 1 >= self.registers else 0.15
         issue = max(accumulators / core.MULTIPLY_ADDS_PER_CYCLE, 0.55 * loads, latency)
-        # Neighbours that read over one another's elements want more chains than fill the latency.
-        issue = max(issue, latency + 0.1 * windows)
         return issue + full + 2.0 * spilled + 0.25 * pointers
 
     def _memory(self, counts: dict[str, int]) -> float:
@@ -165,8 +161,6 @@ class _Access:
         near = (1, lanes, 2 * lanes)
         self.far = frozenset(n for n, stride in self.strides.items() if stride not in near)
         self.outer = [n for n in self.strides if n not in reach]
-        steps = {self.strides[n] for n in self.strides if reach.get(n, 1) > 1}
-        self.slides = {n for n in self.outer if self.strides[n] in steps}
         self.reach: dict[int, int] = {}
         for n, stride in self.strides.items():
             if n in reach:
