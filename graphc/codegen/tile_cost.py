@@ -66,7 +66,10 @@ class TileCost:
         nest = [n for n in reversed(self.inner_first) if n != shared]
         walked = [(r, self._again(r, nest)) for r in self.reads if {*nest[-1:]} & {*r.strides}]
         self.streamed = [r for r, inside in walked if r.bytes(inside) > core.L2_BYTES]
-        self.near = [(r, inside) for r, inside in walked if kept and r not in self.streamed]
+        # Parts of sums over windows, which read over one another's elements, hide less.
+        self.slides = any(r.slides for r in self.reads)
+        parts = kept and not self.slides
+        self.near = [(r, inside) for r, inside in walked if parts and r not in self.streamed]
 
     def __call__(self, tile: Tile) -> float:
         accumulators = math.prod(c for _, c in tile)
@@ -76,7 +79,9 @@ class TileCost:
         # Each multiply-add chain starts and ends once a tile, and its result goes to some lines.
         lines = sum(result.bytes(counts) for result in self.results) / core.LINE_BYTES
         outside = 15.0 + 0.5 * accumulators + 1.5 * lines
-        if self.parts:
+        if self.parts and self.slides:
+            outside += 0.4 * accumulators - 20.0 + 1.3 * lines
+        elif self.parts:
             # Added to what earlier parts left, while the next part starts, but for more chains than
             # keep the core busy.
             outside = lines * (_FAR_RESULTS if self.far_results else 1.0)
@@ -104,7 +109,7 @@ class TileCost:
                 # Addresses that x86 cannot form from a base and one stride are pointers.
                 far = math.prod(c for n, c in tile if n in read.far)
                 pointers += max(0, far - 5)
-                pointers += 0.2 * max(0, far - 2) if self.parts else 0.01 * far
+                pointers += 0.01 * far if self.slides or not self.parts else 0.2 * max(0, far - 2)
         # Operands that are used once may be memory operands; the smaller side stays in registers.
         need = accumulators + min(values) + (1 if max(values) > 1 else 0)
         spilled = max(0, need - self.registers)
@@ -161,6 +166,8 @@ class _Access:
         near = (1, lanes, 2 * lanes)
         self.far = frozenset(n for n, stride in self.strides.items() if stride not in near)
         self.outer = [n for n in self.strides if n not in reach]
+        steps = {self.strides[n] for n in self.strides if reach.get(n, 1) > 1}
+        self.slides = any(self.strides[n] in steps for n in self.outer)
         self.reach: dict[int, int] = {}
         for n, stride in self.strides.items():
             if n in reach:
