@@ -206,6 +206,17 @@ def test_products_of_a_batch_with_itself():
         )
 
 
+@pytest.mark.parametrize("size", [31, 32])
+def test_sum_of_one_value_beside_sums_over_lanes(size):
+    """The gradient of a mean of all is the same everywhere, and summed again for a part."""
+    g = Graph("same")
+    x = g.input("x", (1, 1, size, 1))
+    y = x + gc.mean(gc.max_pool2d(gc.slice(x, [None] * 4, [3, 9, 9, 9]), 1, stride=1))
+    g.output(y=y, loss=gc.mean(gc.tanh(gc.mean(y, keepdims=True))) + gc.mean(y))
+    feeds = {"x": np.random.default_rng(0).standard_normal((1, 1, size, 1)).astype(np.float32)}
+    compile_checks.assert_same(g, feeds, outputs=["y", "loss"], loss="loss", gradients=["x"])
+
+
 def test_neighbouring_images():
     """A shift by one image crosses the blocks of the batch."""
     g = Graph("shift")

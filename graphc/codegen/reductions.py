@@ -125,7 +125,7 @@ class ReductionEmitter(Emitter):
     def _start(self, expr: Expr, scope: Scope) -> list[Var]:
         """Declare accumulators: one, or best value and its position for argmax."""
         body, axes = expr.args[0], self.axes(expr)
-        vector = self.lane in self.kernel.free(body)
+        vector = self._in_lanes(expr)
         combine = expr.attributes["combine"]
 
         def declare(value: str, dtype: str) -> Var:
@@ -189,9 +189,7 @@ class ReductionEmitter(Emitter):
         if product:
             # The factor that does not vary over lanes is loaded as a splat: one instruction with a
             # memory operand.
-            left, right = (
-                self.emit(f, scope, splat=self.lane in self.kernel.free(body)) for f in product
-            )
+            left, right = (self.emit(f, scope, splat=self._in_lanes(expr)) for f in product)
             if axes:
                 a = self._operand(left, axes)
                 b = self._operand(right, axes)
@@ -200,7 +198,7 @@ class ReductionEmitter(Emitter):
             else:
                 fma = self.factory("fma", "v.fma")
                 update = f"{fma}({left.name}, {right.name}, {names[0].name})"
-            update = self._masked(update, names[0].name, scope, body)
+            update = self._masked(update, names[0].name, scope, expr)
             scope.add(f"{names[0].name} = {update}")
             return
         value = self.emit(body, scope)
@@ -222,22 +220,24 @@ class ReductionEmitter(Emitter):
             scope.add(f"{names[1].name} = {select}({win.name}, {position}, {names[1].name})")
             return
         function = self.factory(_COMBINE[combine], f"v.{_COMBINE[combine]}")
-        update = self._masked(f"{function}({names[0].name}, {text})", names[0].name, scope, body)
+        update = self._masked(f"{function}({names[0].name}, {text})", names[0].name, scope, expr)
         scope.add(f"{names[0].name} = {update}")
 
-    def _masked(self, update: str, keep: str, scope: Scope, body: Expr) -> str:
+    def _masked(self, update: str, keep: str, scope: Scope, expr: Expr) -> str:
         """Lanes past the end of a ragged vector keep what they have."""
-        if (
-            self.lane in self.kernel.free(body)
-            and self.kernel.loops[self.lane].ragged
-            and self._lane_is_reduced
-        ):
+        ragged = self.lane is not None and self.kernel.loops[self.lane].ragged
+        if ragged and self._in_lanes(expr) and self._lane_is_reduced:
             select, mask = (
                 self.factory("select", "v.select"),
                 self.factory("tail_mask", "v.tail_mask"),
             )
             return f"{select}({mask}({self.tail(scope)}), {update}, {keep})"
         return update
+
+    def _in_lanes(self, expr: Expr) -> bool:
+        """Whether a reduction gathers a vector: its body varies over the lanes, or they are among
+        its loops, and each of them counts where the body does not."""
+        return self.lane in self.kernel.free(expr.args[0]) or self.lane in expr.attributes["loops"]
 
     @property
     def _lane_is_reduced(self) -> bool:
@@ -271,7 +271,7 @@ class ReductionEmitter(Emitter):
     def _finish_reduce(self, expr: Expr, names: list[Var], scope: Scope) -> Var:
         combine = expr.attributes["combine"]
         result = names[-1]
-        if self.lane in self.kernel.free(expr.args[0]) and self.lane in expr.attributes["loops"]:
+        if self.lane in expr.attributes["loops"]:
             name = self.factory(f"{combine}_of_lanes", f'v.reduce_lanes("{combine}")')
             return self._assign(scope, combine, f"{name}({result.name})", result.axes)
         return result
