@@ -67,26 +67,26 @@ class TileCost:
         walked = [(r, self._again(r, nest)) for r in self.reads if {*nest[-1:]} & {*r.strides}]
         self.streamed = [r for r, inside in walked if r.bytes(inside) > core.L2_BYTES]
         # Parts of sums over windows, which read over one another's elements, hide less.
-        self.slides = any(r.slides for r in self.reads)
-        parts = kept and not self.slides
-        self.near = [(r, inside) for r, inside in walked if parts and r not in self.streamed]
+        self.straight = self.parts and not any(r.slides for r in self.reads)
+        near = walked if self.straight else []
+        self.near = [(r, inside) for r, inside in near if r not in self.streamed]
 
     def __call__(self, tile: Tile) -> float:
         accumulators = math.prod(c for _, c in tile)
         issue = self.steps * self._step(tile, accumulators)
-        memory = self._memory(dict(tile))
         counts = dict(tile)
+        memory = self._memory(counts)
         # Each multiply-add chain starts and ends once a tile, and its result goes to some lines.
         lines = sum(result.bytes(counts) for result in self.results) / core.LINE_BYTES
         outside = 15.0 + 0.5 * accumulators + 1.5 * lines
-        if self.parts and self.slides:
-            outside += 0.4 * accumulators - 20.0 + 1.3 * lines
-        elif self.parts:
+        if self.straight:
             # Added to what earlier parts left, while the next part starts, but for more chains than
             # keep the core busy.
             outside = lines * (_FAR_RESULTS if self.far_results else 1.0)
             outside += 6.0 * max(0, accumulators - self.registers // 2)
             outside += _EVICTED_CYCLES * self._bytes(counts) / core.LINE_BYTES
+        elif self.parts:
+            outside += 0.4 * accumulators - 20.0 + 1.3 * lines
         if self.lane_is_reduced:
             outside += 4.0 * accumulators
         late = sum(_STREAM_CYCLES * r.pieces(counts) * r.bytes(counts) for r in self.streamed)
@@ -109,7 +109,7 @@ class TileCost:
                 # Addresses that x86 cannot form from a base and one stride are pointers.
                 far = math.prod(c for n, c in tile if n in read.far)
                 pointers += max(0, far - 5)
-                pointers += 0.01 * far if self.slides or not self.parts else 0.2 * max(0, far - 2)
+                pointers += 0.2 * max(0, far - 2) if self.straight else 0.01 * far
         # Operands that are used once may be memory operands; the smaller side stays in registers.
         need = accumulators + min(values) + (1 if max(values) > 1 else 0)
         spilled = max(0, need - self.registers)
